@@ -1,0 +1,235 @@
+"""Bytes and operations of training and inference, as arithmetic over ``config.json``.
+
+Training holds weights, adapter, gradients, optimizer states and activations; inference
+holds weights and KV cache. The report sets these terms beside what was measured, and they
+are all exact counts of tensors, except activations, which are not predicted here: the
+report shows what is left of the measured peak. Dense decoder models of the Llama layout
+(grouped-query attention, tied or untied head). Torch-free; reads and writes nothing.
+
+Letters in the formulas: V vocabulary, H hidden size, F feed-forward size, L layers,
+A attention heads, K key-value heads, D head size, r LoRA rank, C tokens attended to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora_kit.errors import ModelError
+from lora_kit.recipe import LoraSection
+
+# model_type -> (norms of size H in a layer, norms over D on queries and keys, bias on q/k/v, bias on o, tied
+# when config.json does not say). Read in transformers 5.23's modeling_<model_type>.py; a bias of None is the
+# configuration's attention_bias.
+_FAMILIES: dict[str, tuple[int, bool, bool | None, bool | None, bool]] = {
+    "llama": (2, False, None, None, False),
+    "mistral": (2, False, False, False, False),
+    "granite": (2, False, None, None, False),
+    "smollm3": (2, False, None, None, True),
+    "qwen2": (2, False, True, False, False),
+    "qwen3": (2, True, None, None, False),
+    "gemma": (2, False, None, None, True),
+    "gemma2": (4, False, None, None, True),
+    "gemma3_text": (4, True, None, None, True),
+}
+
+BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
+ADAPTER_BYTES = 4  # the adapter, its gradients and its two AdamW moments are kept in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a decoder that its bytes and operations follow from."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+    norms_per_layer: int
+    qk_norm: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    """The shape that a transformers ``config.json`` describes.
+
+    Raises:
+        ModelError: an architecture whose layout is not known here, or a config without its sizes.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in _FAMILIES:
+        raise ModelError("config.json", f"no memory formulas for model type '{model_type}'",
+                         f"known: {', '.join(_FAMILIES)}")
+    norms, qk_norm, qkv_bias, out_bias, tied = _FAMILIES[model_type]
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        vocab, inner = int(config["vocab_size"]), int(config["intermediate_size"])
+        layers = int(config["num_hidden_layers"])
+    except (KeyError, TypeError) as error:
+        raise ModelError("config.json", f"lacks a size of the model ({error})") from None
+    bias = bool(config.get("attention_bias", False))
+    return Shape(
+        model_type=model_type,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        tied=tied if config.get("tie_word_embeddings") is None else bool(config["tie_word_embeddings"]),
+        norms_per_layer=norms,
+        qk_norm=qk_norm,
+        qkv_bias=bias if qkv_bias is None else qkv_bias,
+        out_bias=bias if out_bias is None else out_bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+    )
+
+
+def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each linear layer of one block, by the name it has in transformers."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
+def num_linear_params(shape: Shape) -> int:
+    """Weights of the linear layers of all blocks, biases and head left out."""
+    return shape.num_layers * sum(outputs * inputs for outputs, inputs in linear_sizes(shape).values())
+
+
+def num_params(shape: Shape) -> int:
+    """All parameters; a head that is tied to the embedding counts once.
+
+    V·H (twice when untied) + L·(linear weights + biases + norms) + H.
+    """
+    sizes = linear_sizes(shape)
+    biases = sum(sizes[name][0] for name in ("q_proj", "k_proj", "v_proj")) * shape.qkv_bias
+    biases += sizes["o_proj"][0] * shape.out_bias
+    biases += sum(sizes[name][0] for name in ("gate_proj", "up_proj", "down_proj")) * shape.mlp_bias
+    norms = shape.norms_per_layer * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+    return embeddings + num_linear_params(shape) + shape.num_layers * (biases + norms) + shape.hidden_size
+
+
+def num_lora_params(shape: Shape, lora: LoraSection) -> int:
+    """Trained parameters: r·(inputs + outputs) a target, and its outputs once more for DoRA's magnitude.
+
+    Source: Hu et al. 2021 (arXiv:2106.09685) section 4.1; Liu et al. 2024 (arXiv:2402.09353) equation 5.
+
+    Raises:
+        ModelError: a target that is no module of this layout.
+    """
+    blocks, head = linear_sizes(shape), (shape.vocab_size, shape.hidden_size)
+    names = list(blocks) if lora.targets == ["all-linear"] else [target.rpartition(".")[2] for target in lora.targets]
+    total = 0
+    for name in dict.fromkeys(names):
+        if name in blocks:
+            (outputs, inputs), times = blocks[name], shape.num_layers
+        elif name in ("lm_head", "embed_tokens"):
+            (outputs, inputs), times = head, 1
+        else:
+            raise ModelError("lora.targets", f"'{name}' is no linear layer of a {shape.model_type} model",
+                             f"its layers: {', '.join(blocks)}, lm_head, embed_tokens")
+        total += times * (lora.rank * (outputs + inputs) + (outputs if lora.dora else 0))
+    return total
+
+
+def weight_bytes(shape: Shape, *, precision: str = "bf16", load_in: str = "16bit") -> int:
+    """Bytes of the base model's weights in memory.
+
+    16bit: parameters times bytes per value. 8bit: a byte a weight of the linear layers and an fp32
+    scale per output (Dettmers et al. 2022, arXiv:2208.07339). 4bit (nf4, double quantization): half a
+    byte a weight, a byte per block of 64, four bytes per 256 blocks (Dettmers et al. 2023,
+    arXiv:2305.14314 section 3). Embedding, head, norms and biases stay at ``precision``.
+    """
+    width, linear = BYTES_PER_VALUE[precision], num_linear_params(shape)
+    rest = (num_params(shape) - linear) * width
+    if load_in == "4bit":
+        return rest + linear // 2 + linear // 64 + linear // 64 // 256 * 4
+    if load_in == "8bit":
+        outputs = sum(outputs for outputs, _ in linear_sizes(shape).values()) * shape.num_layers
+        return rest + linear + 4 * outputs
+    return rest + linear * width
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBytes:
+    """What LoRA training holds whatever the batch; activations come on top."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+
+def training_bytes(
+    shape: Shape, lora: LoraSection, *, precision: str = "bf16", load_in: str = "16bit"
+) -> TrainingBytes:
+    """Bytes held through a step: frozen weights, and for the adapter alone its values, gradients and AdamW states.
+
+    Adapter and gradients 4 bytes a trained parameter, AdamW's two moments 8 (Loshchilov and Hutter 2019,
+    arXiv:1711.05101 algorithm 2).
+    """
+    trained = num_lora_params(shape, lora)
+    return TrainingBytes(
+        weights=weight_bytes(shape, precision=precision, load_in=load_in),
+        adapter=ADAPTER_BYTES * trained,
+        gradients=ADAPTER_BYTES * trained,
+        optimizer=2 * ADAPTER_BYTES * trained,
+    )
+
+
+def kv_bytes_per_token(shape: Shape, *, bytes_per_value: int = 2) -> int:
+    """Bytes of KV cache for each token of each sequence: 2·L·K·D values.
+
+    Keys and values of the K grouped heads (Ainslie et al. 2023, arXiv:2305.13245). 2 bytes a value for
+    bf16 and fp16 caches, which is also llama.cpp's default.
+    """
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * bytes_per_value
+
+
+def inference_flops_per_token(shape: Shape, *, context: float) -> float:
+    """Operations of one token forward with the head: 2 a weight, and 4·L·A·D a token attended to.
+
+    A product and a sum per weight; scores and their weighted sum (Kaplan et al. 2020, arXiv:2001.08361
+    table 1). Norms, activations and softmax are left out.
+    """
+    products = num_linear_params(shape) + shape.vocab_size * shape.hidden_size
+    return 2.0 * products + 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * context
+
+
+def training_flops_per_token(
+    shape: Shape, lora: LoraSection, *, context: float, trained_share: float = 1.0, checkpointing: bool = False
+) -> float:
+    """Operations of one token in a LoRA step.
+
+    A frozen weight costs 4 (forward, and gradients to its input: none to itself), a trained one 6, the head
+    4 where a token is trained on, attention three times its forward pass. Checkpointing adds the blocks'
+    forward pass once more. Source: Kaplan et al. 2020 section 2.1 with the frozen weights' own gradients
+    left out. (The first block's inputs need no gradient: a little less in a model of few layers.)
+    """
+    attention = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * context
+    linear, trained = 2.0 * num_linear_params(shape), 2.0 * num_lora_params(shape, lora)
+    head = 2.0 * shape.vocab_size * shape.hidden_size * trained_share
+    again = linear + trained + attention if checkpointing else 0.0
+    return 2 * linear + 3 * trained + 2 * head + 3 * attention + again

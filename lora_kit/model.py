@@ -1,0 +1,340 @@
+"""The base model and the adapter on it: found, loaded, described, saved.
+
+A GGUF base becomes, once, a plain bf16 safetensors checkpoint in the cache; training,
+merging and measuring all start from that folder. peft makes the adapter; transformers
+and bitsandbytes load the base. Weights are safetensors only, remote code is refused.
+
+Reads model folders; writes converted bases to the cache and adapters where it is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_kit import isolate, sources
+from lora_kit.chat import load_tokenizer, template_text
+from lora_kit.errors import DataError, MachineError, ModelError, RecipeError, RefusedError
+from lora_kit.events import Note, tell
+from lora_kit.recipe import LoraSection, ModelSection
+from lora_kit.types import Artifact
+
+_CONVERSION = "v1"
+_MODES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def torch_dtype(name: str):
+    """torch's dtype for ``fp32``, ``bf16`` or ``fp16``."""
+    import torch
+
+    return getattr(torch, _MODES[name])
+
+
+def find_base(section: ModelSection, relative_to: Path) -> dict[str, Any]:
+    """The base as a local folder in Hugging Face layout, converted or downloaded when it has to be.
+
+    Returns:
+        JSON values for lock.json: ``reference``, ``revision``, ``sha256`` (of the .gguf file, or over config and
+        weights of a local folder), ``artifact`` (Artifact fields), and ``content`` (SHA-256 of what tokenization
+        depends on: tokenizer files and template).
+
+    Raises:
+        ModelError, MachineError, RefusedError, RecipeError: see :mod:`lora_kit.sources`.
+    """
+    try:
+        resolved = sources.resolve(section.base, sha256=section.sha256, relative_to=relative_to)
+    except DataError as error:
+        raise ModelError(error.where, error.what, error.todo) from None
+    folder, sha256 = resolved.path, resolved.sha256
+    if folder.is_file():
+        if folder.suffix != ".gguf":
+            raise ModelError(section.base, "is a file but not a .gguf", "name a model folder or a .gguf file")
+        folder = _converted_gguf(folder, sha256)
+    config = read_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise RefusedError(str(folder), "has no safetensors weights, and pickled ones are not loaded",
+                           "save it with save_pretrained")
+    if config.get("quantization_config"):
+        raise ModelError(section.base, "is quantized already, and a merge into it would lose the adapter",
+                         "name the 16-bit model and set model.load_in")
+    if sha256 is None and resolved.revision is None:
+        sha256 = _weights_sha256(folder)
+    tokenizer = _tokenizer_folder(section, folder, relative_to)
+    artifact = Artifact(name="base", path=str(folder), kind="hf", tokenizer=str(tokenizer),
+                        size_bytes=weight_bytes(folder))
+    return {"reference": section.base, "revision": resolved.revision, "sha256": sha256,
+            "artifact": artifact.as_dict(), "content": tokenizer_sha256(tokenizer)}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        ModelError: there is none.
+        RefusedError: it is not whole.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(str(folder), "is an adapter, not a model", "name the base, and the adapter in "
+                             "train.from_adapter") from None
+        raise ModelError(str(folder), "has no config.json", "name a folder in Hugging Face layout") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise RefusedError(str(path), "is not a JSON object", "download the model again")
+    return config
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in ``folder``."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _weights_sha256(folder: Path) -> str:
+    """One hash over config.json and the safetensors files; a model that changes in place opens a new run."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(f"{path.name}\0{sources.remembered_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """One hash over the tokenizer files and the template in ``folder``."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+                 "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists():
+            digest.update(f"{name}\0{sources.file_sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _converted_gguf(gguf_file: Path, sha256: str) -> Path:
+    folder = sources.cache_dir() / "models" / f"{sha256[:24]}-{_CONVERSION}"
+    if not folder.exists():
+        tell(Note(text=f"converting {gguf_file.name} to a bf16 checkpoint, once"))
+        with sources.new_cache_folder(folder) as scratch:
+            isolate.call("lora_kit.model:convert_gguf", {"gguf_file": str(gguf_file), "out_dir": str(scratch)})
+    return folder
+
+
+def convert_gguf(gguf_file: str, out_dir: str) -> None:
+    """Write the model in ``gguf_file`` to ``out_dir`` as a plain bf16 checkpoint with its tokenizer.
+
+    transformers refuses to save a model that it read from GGUF, so the weights move into a fresh model of the
+    same configuration (bit-exact; FACTS measured in transformers 5.23). What GGUF says of the tokenizer and
+    transformers does not keep goes into ``gguf_tokenizer.json``, for exporting to GGUF again.
+    """
+    _quiet()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(gguf_file)
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        # fp32 and then one cast: asked for bf16, transformers 5.23 keeps the weights packed and warns.
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except (ValueError, KeyError, IndexError, NotImplementedError, OSError) as error:
+        raise ModelError(path.name, f"transformers cannot read this GGUF file ({_short(error)})",
+                         "fetch the file again, or use the model's safetensors release") from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(out_dir)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(out_dir)
+    (Path(out_dir) / "gguf_tokenizer.json").write_text(json.dumps(_gguf_tokenizer_fields(path), indent=1))
+
+
+def _gguf_tokenizer_fields(path: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(path)).fields
+    wanted = ("model", "pre", "add_bos_token", "add_eos_token", "add_space_prefix")
+    names = [f"tokenizer.ggml.{name}" for name in wanted]
+    return {name: fields[name].contents() for name in names if name in fields}
+
+
+def _tokenizer_folder(section: ModelSection, folder: Path, relative_to: Path) -> Path:
+    """The base's own folder, or a cached copy of its tokenizer with the recipe's template."""
+    if section.template is None:
+        return folder
+    text = template_text(section.template, relative_to)
+    key = hashlib.sha256((text + tokenizer_sha256(folder)).encode()).hexdigest()[:24]
+    target = sources.cache_dir() / "tokenizers" / key
+    if not target.exists():
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_template = text
+        with sources.new_cache_folder(target) as scratch:
+            tokenizer.save_pretrained(scratch)
+            if (folder / "gguf_tokenizer.json").exists():
+                shutil.copy(folder / "gguf_tokenizer.json", scratch)
+    return target
+
+
+def load_base(folder: Path | str, *, dtype: str, device="cpu", load_in: str = "16bit", attention: str = "sdpa"):
+    """The causal LM in ``folder`` on ``device``, in eval mode.
+
+    Args:
+        dtype: ``fp32``, ``bf16`` or ``fp16``.
+        load_in: ``16bit``, or ``8bit`` / ``4bit`` through bitsandbytes (nf4 with double quantization).
+
+    Raises:
+        ModelError: it does not load, or lacks tensors (transformers would draw them at random).
+        RefusedError: its weights are cut off or broken.
+        MachineError: there is not enough memory, or an attention implementation is not installed.
+    """
+    _quiet()
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch_dtype(dtype), "attn_implementation": attention,
+                               "local_files_only": True, "trust_remote_code": False, "use_safetensors": True,
+                               "output_loading_info": True, "ignore_mismatched_sizes": True}  # told below, by name
+    if load_in != "16bit":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit", bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch_dtype(dtype),
+        )
+        options["device_map"] = {"": str(device)}
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except ImportError as error:
+        raise MachineError("model.attention", f"{attention} cannot be used ({_short(error)})",
+                           "set model.attention: sdpa") from None
+    except SafetensorError as error:
+        raise RefusedError(str(folder), f"its weights are not whole ({_short(error)})",
+                           "fetch the model again") from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if "out of memory" in str(error).lower() or "allocate memory" in str(error):
+            raise MachineError(str(folder), f"does not fit into memory ({_short(error)})",
+                               "set model.load_in: 4bit, or name a smaller model") from None
+        raise ModelError(str(folder), f"does not load ({_short(error)})", "check the model") from None
+    not_read = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
+    if not_read:
+        raise ModelError(str(folder), f"{len(not_read)} of its tensors are missing or not of the size that config.json "
+                         f"says, the first is {min(not_read)}", "fetch the model again")
+    if load_in == "16bit":
+        model = model.to(device)
+    else:
+        from lora_kit.bnb_mend import keep_4bit_weights_intact
+
+        keep_4bit_weights_intact(model)
+    return model.eval()
+
+
+def add_adapter(model, section: LoraSection, seed: int):
+    """``model`` with a fresh LoRA on it (peft), its parameters in fp32.
+
+    Args:
+        seed: of the adapter's initial values: torch is seeded with it right before they are drawn.
+
+    Raises:
+        RecipeError: a target matches nothing, or is the head or the embedding of a tied model.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, section)
+    targets: Any = "all-linear" if section.targets == ["all-linear"] else list(section.targets)
+    config = LoraConfig(
+        r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=targets,
+        use_rslora=section.rslora, use_dora=section.dora, bias="none", task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # e.g. DoRA on a kind of layer that it does not know
+        raise RecipeError("lora", f"peft refuses it ({_short(error)})",
+                          "change lora.targets or leave the option out") from None
+
+
+def continue_adapter(model, adapter_dir: Path):
+    """``model`` with the adapter in ``adapter_dir``, its parameters trainable."""
+    return _with_adapter(model, adapter_dir, is_trainable=True)
+
+
+def load_adapter(model, adapter_dir: Path | str):
+    """``model`` with the adapter in ``adapter_dir`` on it, unmerged, in eval mode."""
+    return _with_adapter(model, Path(adapter_dir), is_trainable=False).eval()
+
+
+def _with_adapter(model, adapter_dir: Path, is_trainable: bool):
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    if not (adapter_dir / "adapter_config.json").exists():
+        raise ModelError(str(adapter_dir), "is not a PEFT adapter (no adapter_config.json)", "name an adapter folder")
+    if not (adapter_dir / "adapter_model.safetensors").exists():
+        raise RefusedError(str(adapter_dir), "has no safetensors weights, and pickled ones are not loaded",
+                           "save it with safe_serialization=True")
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable)
+        with safe_open(adapter_dir / "adapter_model.safetensors", framework="pt") as file:
+            saved = set(file.keys())
+    except SafetensorError as error:
+        raise RefusedError(str(adapter_dir), f"its weights are not whole ({_short(error)})",
+                           "fetch or train it again") from None
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(str(adapter_dir), f"does not fit the base model ({_short(error)})",
+                         "name the adapter's own base") from None
+    # peft leaves out in silence what finds no place, such as the upper layers of a deeper model's adapter.
+    homeless = saved ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    homeless = {name for name in homeless if "lora_" in name}
+    if homeless:
+        raise ModelError(str(adapter_dir), f"does not fit the base model ({len(homeless)} of its tensors find no "
+                         f"place, the first is {min(homeless)})", "name the adapter's own base")
+    return adapted
+
+
+def _check_targets(model, section: LoraSection) -> None:
+    supported = {name: module for name, module in model.named_modules()
+                 if any(kind in type(module).__name__ for kind in ("Linear", "Conv1D", "Embedding"))}
+    tied = [model.get_input_embeddings(), model.get_output_embeddings()] if model.config.tie_word_embeddings else []
+    for target in section.targets:
+        if target == "all-linear":
+            if len(section.targets) > 1:
+                raise RecipeError("lora.targets", "names all-linear beside others", "keep one of the two")
+            continue
+        matched = [module for name, module in supported.items() if name == target or name.endswith("." + target)]
+        if not matched:
+            last = sorted({name.rsplit(".", 1)[-1] for name, module in supported.items()
+                           if "Embedding" not in type(module).__name__})
+            raise RecipeError("lora.targets", f"'{target}' matches no linear layer", f"there are: {', '.join(last)}")
+        if any(module is end for module in matched for end in tied):
+            # Measured: peft merges an adapter on a tied head wrongly, off by 10 and more.
+            raise RecipeError("lora.targets", f"'{target}' is tied to the other end of this model and cannot be merged",
+                              "leave it out")
+
+
+def save_adapter(model, folder: Path, reference: str, state_dict=None) -> None:
+    """Write the adapter of ``model`` to ``folder`` in PEFT layout, naming ``reference`` as its base."""
+    model.peft_config["default"].base_model_name_or_path = reference
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=state_dict, save_embedding_layers=False)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _quiet() -> None:
+    """transformers' own progress bars and advice out of the way of ours."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    # peft 0.21 reads a name that transformers 5.23 deprecated; goes with a newer peft.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

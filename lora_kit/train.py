@@ -1,0 +1,428 @@
+"""Stage train: the loop, top to bottom.
+
+accelerate gives device, precision and processes; peft the adapter; the order of the
+examples is a function of (seed, epoch) and their position a global count, so that a run
+goes on where it stopped. The loss of a step is summed over every micro-batch and process
+and divided by the trained tokens of the whole batch: splitting it changes nothing.
+
+`examples/minimal_loop.py` is this loop without checkpoints, processes and the run folder.
+
+Reads the data stage's token files and the base. Writes ``train/``: ``adapter/`` (PEFT
+layout), ``metrics.jsonl``, ``timings.jsonl``, ``checkpoints/``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lora_kit import checkpoint, isolate, model, tokens
+from lora_kit.errors import DivergedError, ModelError, RecipeError, StoppedError
+from lora_kit.events import Caution, Note, Progress, tell
+from lora_kit.loss import loss_per_row
+from lora_kit.recipe import Recipe, TrainSection
+from lora_kit.rundir import Run, writing
+from lora_kit.schedule import count_steps, learning_rate_at, save_interval
+from lora_kit.sources import file_sha256
+from lora_kit.types import Artifact, Example, Result
+from lora_kit.units import number_text, seconds_text
+
+SECTIONS = ("model", "lora", "train", "seed")
+
+
+def stage(recipe: Recipe, run: Run) -> Result:
+    """Train the adapter of ``run``, going on from its newest checkpoint when there is one.
+
+    Raises:
+        StoppedError: SIGINT or SIGTERM came; a checkpoint is saved.
+        DivergedError: a loss or gradient is not finite; the last checkpoint is from before it.
+        RecipeError: the batch cannot be split over the processes.
+    """
+    import torch
+
+    isolate.reset_peak_memory()
+    started = time.perf_counter()
+    settings, work = recipe.train, run.work("train")
+    accelerator = _accelerator(settings)
+    data_dir = run.stage_dir("data")
+    train_rows = tokens.read_examples(data_dir, "train")
+    held_out_rows = tokens.read_examples(data_dir, "held_out")
+    num_steps = count_steps(settings, len(train_rows))
+    _check_split(settings, accelerator.num_processes)
+
+    net = _model_with_adapter(recipe, run, accelerator)
+    named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
+    trainable = [parameter for _, parameter in named]
+    num_trainable, num_params = count_parameters(net)
+    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    wrapped = net if settings.shard == "fsdp" and accelerator.num_processes > 1 else accelerator.prepare_model(net)
+    log = _Log(work, accelerator.is_main_process)
+    state: dict[str, Any] = {"step": 0, "best_loss": None, "best_step": None, "held_out_before": None,
+                             "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0}
+    state = _go_on_from(work, state, named, optimizer, log)
+    stop = _StopSignals()
+    save_every = save_interval(settings, num_steps)
+
+    def held_out_loss() -> float | None:
+        return evaluate_loss(wrapped, held_out_rows, settings.micro_batch_size, accelerator)
+
+    def save() -> Path:
+        return _save_checkpoint(work, state, named, optimizer, log, accelerator)
+
+    if state["step"] == 0 and len(held_out_rows):
+        state["held_out_before"] = held_out_loss()
+        log.metrics({"step": 0, "held_out_loss": state["held_out_before"], "num_rows": len(held_out_rows)})
+        tell(Note(text=f"held-out loss before the first step: {number_text(state['held_out_before'])}"))
+
+    batches = tokens.stream_of_batches(len(train_rows), settings.batch_size, recipe.seed, state["step"])
+    wrapped.train()
+    with stop:
+        while state["step"] < num_steps:
+            step, step_started = state["step"], time.perf_counter()
+            rows = next(batches)
+            rate = learning_rate_at(step, num_steps, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            # One optimizer step: every process takes its share of the batch, in micro-batches.
+            num_trained = sum(train_rows.num_trained(row) for row in rows)
+            micro_batches = share_of_batch(rows, train_rows, settings.micro_batch_size, accelerator)
+            loss_sum = torch.zeros((), device=accelerator.device)
+            for index, micro in enumerate(micro_batches):
+                batch = tokens.batch_of([train_rows[row] for row in micro], 0, accelerator.device)
+                last = index == len(micro_batches) - 1
+                with nullcontext() if last or wrapped is net else accelerator.no_sync(wrapped):
+                    with accelerator.autocast():
+                        losses_B = loss_per_row(wrapped, batch)
+                    # DDP averages gradients over processes, so the sum is scaled back up.
+                    accelerator.backward(losses_B.sum() * accelerator.num_processes / num_trained)
+                loss_sum += losses_B.detach().sum()
+            loss = float(accelerator.reduce(loss_sum, "sum")) / num_trained
+            grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
+            if not (math.isfinite(loss) and (math.isfinite(grad_norm) or settings.precision == "fp16")):
+                _diverged(step + 1, loss, grad_norm, [train_rows.origins[row] for row in rows])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - step_started
+            num_tokens = sum(train_rows.length(row) for row in rows)
+            state["step"] = step + 1
+            state["train_seconds"] += seconds
+            state["tokens_total"] += num_tokens
+            state["trained_tokens"] += num_trained
+            log.metrics({"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
+                         "trained_tokens": num_trained, "epoch": (step + 1) * settings.batch_size / len(train_rows)})
+            log.timings({"step": step + 1, "seconds": seconds, "tokens": num_tokens,
+                         "tokens_per_second": num_tokens / seconds, "trained_tokens_per_second": num_trained / seconds})
+            tell(Progress(stage="train", done=step + 1, total=num_steps, fields={
+                "loss": number_text(loss), "tokens/s": f"{state['tokens_total'] / state['train_seconds']:.0f}",
+                "left": seconds_text(state["train_seconds"] / (step + 1) * (num_steps - step - 1))}))
+
+            finished = state["step"] == num_steps
+            due = settings.eval_every and state["step"] % settings.eval_every == 0
+            if len(held_out_rows) and (finished or due):
+                current = held_out_loss()
+                wrapped.train()
+                log.metrics({"step": state["step"], "held_out_loss": current, "num_rows": len(held_out_rows)})
+                tell(Note(text=f"held-out loss after step {state['step']}: {number_text(current)}"))
+                if not math.isfinite(current):
+                    _diverged(state["step"], current, grad_norm, ["held-out rows"])
+                if state["best_loss"] is None or current < state["best_loss"]:
+                    state["best_loss"], state["best_step"] = current, state["step"]
+                    if settings.keep == "best":
+                        _write_adapter(net, work / "best", recipe, accelerator)
+                state["held_out_after"] = current
+            if finished or state["step"] % save_every == 0 or stop.requested(accelerator):
+                save()
+            if stop.requested(accelerator) and not finished:
+                raise StoppedError(str(run.path), f"stopped after step {state['step']} of {num_steps}, checkpoint saved",
+                                   f"go on with: lora-kit train {run.path}")
+
+    _write_adapter(net, work / "adapter", recipe, accelerator)
+    if settings.keep == "best" and state["best_step"] not in (None, num_steps) and accelerator.is_main_process:
+        with writing(work):
+            shutil.rmtree(work / "adapter")
+            shutil.copytree(work / "best", work / "adapter")
+        tell(Note(text=f"kept the adapter of step {state['best_step']}, which had the lowest held-out loss"))
+    accelerator.wait_for_everyone()
+    _check_adapter(work / "adapter")
+    adapter = Artifact(
+        name="adapter", path="train/adapter", kind="adapter", base=run.resolved["base"]["artifact"]["path"],
+        adapter_sha256=file_sha256(work / "adapter" / "adapter_model.safetensors"), num_params=num_trainable,
+        size_bytes=model.weight_bytes(work / "adapter"),
+    )
+    before, after = state["held_out_before"], state.get("held_out_after")
+    change = f", held-out loss {before:.3f} → {after:.3f}" if before is not None and after is not None else ""
+    return Result(
+        summary=f"{num_steps} steps, {state['trained_tokens']:,} tokens trained{change}",
+        artifacts=(adapter,),
+        figures={
+            "steps": num_steps, "train_seconds": state["train_seconds"], "stage_seconds": time.perf_counter() - started,
+            "held_out_before": before, "held_out_after": after, "best_step": state["best_step"],
+            "kept": settings.keep, "peak_memory_bytes": isolate.peak_memory_bytes(),
+            "device_peak_memory_bytes": _device_peak(accelerator), "tokens_per_second":
+            state["tokens_total"] / state["train_seconds"], "trained_tokens": state["trained_tokens"],
+            "tokens_total": state["tokens_total"], "num_trainable_params": num_trainable, "num_params": num_params,
+            "precision": _precision(settings, accelerator), "device": str(accelerator.device),
+            "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(),
+        },
+    )
+
+
+def share_of_batch(rows: list[int], examples: tokens.ExampleFile, micro_batch_size: int, accelerator) -> list[list[int]]:
+    """This process's micro-batches of a global batch: rows of like length together, so that little is padding."""
+    by_length = sorted(rows, key=lambda row: (-examples.length(row), row))
+    mine = by_length[accelerator.process_index::accelerator.num_processes]
+    return [mine[start:start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
+
+
+def evaluate_loss(net, examples: tokens.ExampleFile, micro_batch_size: int, accelerator) -> float | None:
+    """Mean loss in nats over all trained tokens of ``examples``, over all processes; None without rows."""
+    import torch
+
+    if not len(examples):
+        return None
+    net.eval()
+    order = sorted(range(len(examples)), key=lambda row: (-examples.length(row), row))
+    mine = order[accelerator.process_index::accelerator.num_processes]
+    totals = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for start in range(0, len(mine), micro_batch_size):
+            micro: list[Example] = [examples[row] for row in mine[start:start + micro_batch_size]]
+            batch = tokens.batch_of(micro, 0, accelerator.device)
+            with accelerator.autocast():
+                totals += torch.tensor([float(loss_per_row(net, batch).double().sum()), batch.num_trained_tokens])
+    totals = accelerator.reduce(totals.to(accelerator.device).float() if accelerator.device.type == "mps"
+                                else totals.to(accelerator.device), "sum")
+    return float(totals[0] / totals[1])
+
+
+def count_parameters(net) -> tuple[int, int]:
+    """(trainable, all) parameters; 4-bit weights are counted by what they stand for."""
+    trainable = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    total = 0
+    for parameter in net.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        total += math.prod(shape) if shape is not None else parameter.numel()
+    return trainable, total
+
+
+def _accelerator(settings: TrainSection):
+    import torch
+    from accelerate import Accelerator
+
+    precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}.get(settings.precision)
+    if precision is None:
+        precision = "bf16" if _has_bf16() else "no"
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without cpu=True accelerate 1.15 forms no group of processes on a machine without a GPU.
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    if accelerator.num_processes != expected:
+        # Measured: `accelerate launch --cpu --num_processes 2` silently runs one process.
+        raise RecipeError("launch", f"{expected} processes were launched and {accelerator.num_processes} take part",
+                          "launch with torchrun --nproc_per_node, or accelerate launch --multi_gpu")
+    return accelerator
+
+
+def _has_bf16() -> bool:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return False
+    from lora_kit.hardware import cpu_supports_bf16
+
+    return cpu_supports_bf16()
+
+
+def _precision(settings: TrainSection, accelerator) -> str:
+    return {"bf16": "bf16", "fp16": "fp16"}.get(accelerator.mixed_precision, "fp32")
+
+
+def _check_split(settings: TrainSection, num_processes: int) -> None:
+    if settings.batch_size % num_processes:
+        below = settings.batch_size // num_processes * num_processes
+        raise RecipeError("train.batch_size", f"{settings.batch_size} examples cannot be shared by {num_processes} processes",
+                          f"use {below or num_processes} or {below + num_processes}")
+
+
+def _model_with_adapter(recipe: Recipe, run: Run, accelerator):
+    settings = recipe.train
+    base = run.resolved["base"]["artifact"]["path"]
+    # Frozen weights are held in the arithmetic's own type; the adapter stays in fp32 either way.
+    dtype = _precision(settings, accelerator)
+    net = model.load_base(base, dtype=dtype, device=accelerator.device, load_in=recipe.model.load_in,
+                          attention=recipe.model.attention)
+    if recipe.model.load_in != "16bit":
+        from peft import prepare_model_for_kbit_training
+
+        net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=False)
+    if settings.from_adapter:
+        folder = Path(settings.from_adapter).expanduser()
+        net = model.continue_adapter(net, folder if folder.is_absolute() else run.recipe_file.folder / folder)
+    else:
+        net = model.add_adapter(net, recipe.lora, recipe.seed)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if settings.gradient_checkpointing:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+        net.enable_input_require_grads()
+    if settings.shard == "fsdp" and accelerator.num_processes > 1:
+        _shard(net)
+    return net
+
+
+def _shard(net) -> None:
+    """FSDP2 over all processes: each decoder layer, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in net.get_base_model().model.layers:
+        fully_shard(module)
+    fully_shard(net)
+
+
+def _adapter_tensors(named) -> dict[str, Any]:
+    return {name: checkpoint.whole(parameter.detach()) for name, parameter in named}
+
+
+def _save_checkpoint(work: Path, state: dict, named, optimizer, log: "_Log", accelerator) -> Path | None:
+    adapter = _adapter_tensors(named)
+    moments = checkpoint.optimizer_tensors(optimizer.optimizer)
+    if not accelerator.is_main_process:
+        return None
+    return checkpoint.save(work / "checkpoints", state["step"], {"adapter": adapter, "optimizer": moments},
+                           {**state, "random": checkpoint.random_state(), "metrics_offsets": log.sealed_offsets()})
+
+
+def _go_on_from(work: Path, state: dict, named, optimizer, log: "_Log") -> dict:
+    found = checkpoint.newest(work / "checkpoints")
+    if found is None:
+        log.truncate({})
+        return state
+    import torch
+
+    saved = checkpoint.load_tensors(found, "adapter")
+    with torch.no_grad():
+        for name, parameter in named:
+            parameter.copy_(checkpoint.like(saved[name], parameter))
+    checkpoint.load_optimizer_tensors(optimizer.optimizer, checkpoint.load_tensors(found, "optimizer"))
+    checkpoint.restore_random_state(found.state["random"])
+    log.truncate(found.state["metrics_offsets"])
+    tell(Note(text=f"going on from {found.folder.name}"))
+    return {key: value for key, value in found.state.items() if key not in ("random", "metrics_offsets")}
+
+
+def _write_adapter(net, folder: Path, recipe: Recipe, accelerator) -> None:
+    from peft import get_peft_model_state_dict
+
+    full = {name: checkpoint.whole(parameter.detach()) for name, parameter in net.named_parameters()
+            if parameter.requires_grad}
+    if not accelerator.is_main_process:
+        return
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        model.save_adapter(net, folder, recipe.model.base, get_peft_model_state_dict(net, state_dict=full))
+        (folder / "README.md").unlink(missing_ok=True)
+
+
+def _check_adapter(folder: Path) -> None:
+    """ModelError for an adapter that is not finite or changes nothing: success is never claimed for one."""
+    from safetensors.torch import load_file
+
+    saved = load_file(str(folder / "adapter_model.safetensors"))
+    if not all(tensor.isfinite().all() for tensor in saved.values()):
+        raise ModelError(str(folder), "has values that are not finite", "lower train.learning_rate")
+    second_factors = [tensor for name, tensor in saved.items() if "lora_B" in name]
+    if second_factors and not any(tensor.any() for tensor in second_factors):
+        raise ModelError(str(folder), "changes nothing: every B is zero", "train for more steps or raise the learning rate")
+
+
+def _diverged(step: int, loss: float, grad_norm: float, origins: list[str]) -> None:
+    shown = ", ".join(origins[:4]) + (f" and {len(origins) - 4} more" if len(origins) > 4 else "")
+    raise DivergedError(f"train step {step}", f"loss {loss}, gradient norm {grad_norm} (rows {shown})",
+                        "lower train.learning_rate; the last checkpoint is from before this step")
+
+
+def _device_peak(accelerator) -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else None
+
+
+class _Log:
+    """metrics.jsonl (what was computed) and timings.jsonl (what the clock said), written by the main process."""
+
+    def __init__(self, work: Path, writes: bool) -> None:
+        self.paths = {"metrics": work / "metrics.jsonl", "timings": work / "timings.jsonl"}
+        self.writes = writes
+
+    def truncate(self, offsets: dict[str, int]) -> None:
+        """Cut each file to the length that the checkpoint sealed (0 without one) and go on from there."""
+        for name, path in self.paths.items() if self.writes else ():
+            with writing(path), open(path, "ab") as file:
+                file.truncate(offsets.get(name, 0))
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        self._write("metrics", values)
+
+    def timings(self, values: dict[str, Any]) -> None:
+        self._write("timings", values)
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        if self.writes:
+            with writing(self.paths[name]), open(self.paths[name], "ab") as file:
+                file.write((json.dumps(values) + "\n").encode())
+
+    def sealed_offsets(self) -> dict[str, int]:
+        """Length of each file, after its lines have reached the disk."""
+        offsets = {}
+        for name, path in self.paths.items():
+            with writing(path), open(path, "ab") as file:
+                os.fsync(file.fileno())
+                offsets[name] = file.tell()
+        return offsets
+
+
+class _StopSignals:
+    """SIGINT and SIGTERM ask for a stop after the step; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.earlier[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: whoever called us handles signals
+                break
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+        tell(Caution(text="stopping after this step; a second Ctrl-C stops at once"))
+
+    def requested(self, accelerator) -> bool:
+        """Whether any process was asked to stop; all processes get the same answer."""
+        if accelerator.num_processes == 1:
+            return self.received
+        import torch
+
+        return bool(accelerator.reduce(torch.tensor(float(self.received), device=accelerator.device), "sum"))
