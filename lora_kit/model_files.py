@@ -1,0 +1,45 @@
+"""The files of a model folder beside its weights, carried over byte for byte.
+
+A merged or quantized model must tokenize and stop exactly as its base: loading and saving a
+tokenizer or a generation_config.json may rewrite or refuse it, copying cannot. Torch-free
+itself. Reads and writes model folders.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "gguf_tokenizer.json",
+)
+"""``gguf_tokenizer.json`` holds what a GGUF base says of its tokenizer and transformers does not keep."""
+_FOLDERS = ("additional_chat_templates",)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer of the folder ``source`` into the folder ``target``; returns the names copied."""
+    copied = []
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+            copied.append(name)
+    for name in _FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+            copied.append(name)
+    return copied
+
+
+def save_weights(model, source: Path, target: Path) -> None:
+    """Save ``model`` into ``target``, with the generation_config.json of the folder it came from, ``source``."""
+    from transformers import GenerationConfig
+
+    # transformers refuses to save some that it loaded (a temperature without do_sample, as published models have).
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(str(target))
+    if (source / "generation_config.json").exists():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    else:
+        (target / "generation_config.json").unlink(missing_ok=True)
