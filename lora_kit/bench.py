@@ -1,0 +1,239 @@
+"""Stage bench: how fast each artifact answers, and how much memory it holds while it does.
+
+Each artifact is loaded in a fresh process from the files that a user would load. One
+warm-up at the full shape, then ``bench.repeats`` repeats with prompts of random tokens,
+every one different, so that no prefix cache answers; stop tokens are ignored and the number
+of generated tokens is checked. A matrix product timed before and after shows whether the machine was
+equally fast for all. What cannot be measured here is a point without figures that says why.
+Reads the run's artifacts; writes ``bench/<artifact>.json`` and ``bench/bench.json``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from importlib import metadata
+from typing import Any
+
+from lora_kit import events, hardware, isolate, units
+from lora_kit.errors import InternalError, MachineError
+from lora_kit.recipe import BenchSection, Recipe
+from lora_kit.rundir import Run, write_json
+from lora_kit.types import Artifact, BenchPoint, Result
+
+UNEVEN = 1.3
+"""Ratio of the fastest to the slowest calibration from which the machine counts as not equally fast."""
+COLUMNS = ("artifact", "engine", "size", "peak memory", "load", "first token", "prefill tok/s", "decode tok/s")
+"""Titles of what :func:`row_of` gives. Load is from nothing to ready: importing the engine's libraries included."""
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "llama-cpp-python", "numpy")
+
+
+def stage(recipe: Recipe, run: Run) -> Result:
+    """Measure every artifact that ``recipe.bench`` names, one after the other.
+
+    Raises:
+        RecipeError: the recipe names an artifact that the run does not have.
+    """
+    names = recipe.bench.artifacts or [name for name, artifact in run.artifacts().items() if artifact.kind != "adapter"]
+    artifacts = [run.artifact(name) for name in names]
+    work, measured = run.work("bench"), []
+    for index, artifact in enumerate(artifacts):
+        events.tell(events.Progress(stage="bench", done=index, total=len(artifacts), unit="artifact",
+                                    fields={"measuring": artifact.name}))
+        point, evidence = _measure(artifact, recipe.bench, recipe.seed)
+        write_json(work / f"{artifact.name}.json", {"point": point.as_dict(), **evidence})
+        measured.append((point, evidence))
+    events.tell(events.Progress(stage="bench", done=len(artifacts), total=len(artifacts), unit="artifact"))
+    points = [point for point, _ in measured]
+    speeds = {point.artifact: evidence["calibration_gflops"] for point, evidence in measured
+              if evidence["calibration_gflops"]}
+    caution = uneven_machine(speeds)
+    if caution:
+        events.tell(events.Caution(text=caution))
+    write_json(work / "bench.json", {
+        "points": [point.as_dict() for point in points],
+        "calibration_gflops": speeds,
+        "caution": caution,
+        "threads": _threads(recipe.bench),
+        "machine": hardware.describe(),
+        "versions": versions(),
+    })
+    events.tell(as_table(points))
+    return Result(summary=_summary(points), figures={"points": {point.artifact: point.as_dict() for point in points}})
+
+
+def bench_artifact(artifact: Artifact, bench: BenchSection, *, seed: int = 0) -> BenchPoint:
+    """Measure one artifact, in a run or outside of any, in a fresh process.
+
+    Returns a point without figures, and with ``why_not``, when this machine cannot measure it.
+    """
+    return _measure(artifact, bench, seed)[0]
+
+
+def measure_artifact(
+    artifact: dict[str, Any], *, prompt_tokens: int, new_tokens: int, batch_size: int, repeats: int, threads: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Load ``artifact`` in this process and time it; :func:`bench_artifact` calls this in a process of its own.
+
+    Returns:
+        engine, device, load_seconds, ``repeats`` (a list of what the engine's ``time_once`` gave),
+        calibration_gflops (before, after), peak_device_bytes (None on a CPU).
+    """
+    from lora_kit.engines import open_engine
+
+    before = hardware.measure_matrix_gflops()
+    started = time.perf_counter()
+    engine = open_engine(Artifact(**artifact), threads=threads)
+    load_seconds = time.perf_counter() - started
+    try:
+        prompts = random_prompts(engine.tokenizer, engine.num_tokens, num=batch_size * (repeats + 1),
+                                 length=prompt_tokens, seed=seed)
+        batches = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
+        engine.time_once(batches[0], new_tokens)  # warm-up at the full shape
+        timed = [engine.time_once(batch, new_tokens) for batch in batches[1:]]
+        for one in timed:
+            if one["tokens_generated"] != batch_size * new_tokens:
+                raise InternalError(f"engine {engine.name}", f"generated {one['tokens_generated']} tokens where "
+                                    f"{batch_size * new_tokens} were asked for", "run again with --debug and report it")
+        return {
+            "engine": engine.name,
+            "device": engine.device,
+            "load_seconds": load_seconds,
+            "repeats": timed,
+            "calibration_gflops": [before, hardware.measure_matrix_gflops()],
+            "peak_device_bytes": _peak_device_bytes(engine.device),
+        }
+    finally:
+        engine.close()
+
+
+def random_prompts(tokenizer: Any, vocab_size: int, *, num: int, length: int, seed: int) -> list[list[int]]:
+    """``num`` prompts of ``length`` random tokens, none special, no two with the same first token.
+
+    A prefix cache compares from the first token on: with different ones it never has a hit. Where the
+    vocabulary is smaller than ``num`` only whole prompts differ. Ids from ``vocab_size`` on, which some
+    tokenizers have and their models do not, are left out.
+    """
+    import numpy as np
+
+    special = set(tokenizer.all_special_ids)
+    ordinary = np.array([token for token in range(min(len(tokenizer), vocab_size)) if token not in special])
+    generator = np.random.default_rng(seed)
+    prompts_NT = generator.choice(ordinary, size=(num, length))
+    if len(ordinary) >= num:
+        prompts_NT[:, 0] = generator.choice(ordinary, size=num, replace=False)
+    prompts = prompts_NT.tolist()
+    assert len({tuple(prompt) for prompt in prompts}) == num
+    return prompts
+
+
+def uneven_machine(gflops: dict[str, float]) -> str:
+    """One line when the calibrations beside the artifacts are more than 30 % apart, else an empty text."""
+    if not gflops or max(gflops.values()) <= UNEVEN * min(gflops.values()):
+        return ""
+    slow, fast = min(gflops, key=gflops.get), max(gflops, key=gflops.get)
+    return (f"the machine was not equally fast while it measured: a matrix product ran at {gflops[slow]:.0f} GFLOP/s "
+            f"beside {slow} and at {gflops[fast]:.0f} beside {fast}; compare speeds with care")
+
+
+def row_of(point: BenchPoint) -> list[str]:
+    """The point's texts under :data:`COLUMNS`; in place of figures that do not exist, dashes and the reason."""
+    return [
+        point.artifact,
+        point.engine or "–",
+        units.bytes_text(point.size_bytes),
+        units.bytes_text(point.peak_memory_bytes),
+        units.seconds_text(point.load_seconds),
+        units.seconds_text(point.time_to_first_token_seconds),
+        _rate_text(point.prefill_tokens_per_second),
+        point.why_not or _rate_text(point.decode_tokens_per_second),
+    ]
+
+
+def as_table(points: list[BenchPoint]) -> events.Table:
+    """The points side by side, one artifact a row."""
+    shape = f"{points[0].batch_size} x {points[0].prompt_tokens} + {points[0].new_tokens} tokens" if points else ""
+    return events.Table(title=f"Speed at {shape}", columns=COLUMNS, rows=[row_of(point) for point in points])
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide speed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _measure(artifact: Artifact, bench: BenchSection, seed: int) -> tuple[BenchPoint, dict[str, Any]]:
+    threads = _threads(bench)
+    shape = {"prompt_tokens": bench.prompt_tokens, "new_tokens": bench.new_tokens, "batch_size": bench.batch_size,
+             "repeats": bench.repeats, "threads": threads}
+    try:
+        answer = isolate.call(
+            "lora_kit.bench:measure_artifact", {"artifact": artifact.as_dict(), "seed": seed, **shape}, threads=threads
+        )
+    except MachineError as error:
+        events.tell(events.Caution(text=f"{artifact.name} was not measured: {error}"))
+        return BenchPoint(
+            artifact=artifact.name, engine="", load_seconds=None, time_to_first_token_seconds=None,
+            prefill_tokens_per_second=None, decode_tokens_per_second=None, peak_memory_bytes=None,
+            size_bytes=artifact.size_bytes, device="", why_not=str(error), **shape,
+        ), {"repeats": [], "calibration_gflops": None}
+    value = answer.value
+    peak = value["peak_device_bytes"] if value["peak_device_bytes"] is not None else answer.peak_memory_bytes
+    point = BenchPoint(
+        artifact=artifact.name, engine=value["engine"], load_seconds=value["load_seconds"],
+        peak_memory_bytes=peak, size_bytes=artifact.size_bytes, device=value["device"],
+        **shape, **rates(value["repeats"], bench),
+    )
+    return point, {
+        "repeats": value["repeats"],
+        "calibration_gflops": statistics.mean(value["calibration_gflops"]),
+        "calibration_gflops_before_after": value["calibration_gflops"],
+        "peak_process_bytes": answer.peak_memory_bytes,
+        "peak_device_bytes": value["peak_device_bytes"],
+    }
+
+
+def rates(timed: list[dict[str, Any]], bench: BenchSection) -> dict[str, float]:
+    """Medians over the repeats, as the fields of a BenchPoint.
+
+    Prefill: prompt tokens of the batch over the seconds to its first tokens. Decode: the tokens after the
+    first ones over the seconds after them, summed over the batch.
+    """
+    decoded = bench.batch_size * (bench.new_tokens - 1)
+    return {
+        "time_to_first_token_seconds": statistics.median(one["first_token_seconds"] for one in timed),
+        "prefill_tokens_per_second": statistics.median(
+            bench.batch_size * bench.prompt_tokens / one["prefill_seconds"] for one in timed),
+        "decode_tokens_per_second": statistics.median(decoded / one["decode_seconds"] for one in timed),
+    }
+
+
+def _threads(bench: BenchSection) -> int:
+    return bench.threads or hardware.usable_cores()
+
+
+def _peak_device_bytes(device: str) -> int | None:
+    """Peak bytes that torch held on a GPU; None where the model lay in main memory."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _rate_text(value: float | None) -> str:
+    return units.count_text(value) if value is not None and value >= 100 else units.number_text(value, 3)
+
+
+def _summary(points: list[BenchPoint]) -> str:
+    speeds = [f"{point.artifact} {_rate_text(point.decode_tokens_per_second)}" for point in points
+              if not point.why_not]
+    missing = [point.artifact for point in points if point.why_not]
+    return ("decode tokens/s: " + ", ".join(speeds) if speeds else "nothing was measured") + (
+        f"; not measured: {', '.join(missing)}" if missing else "")

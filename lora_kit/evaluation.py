@@ -1,0 +1,275 @@
+"""Stage eval: what the base, the merged model and its quantized forms can do, and what that proves.
+
+Every artifact answers the same items, made once (``items.py``), in a fresh process of its
+own (``scoring.py``); with the base also goes ``base-fewshot``, the base with examples in
+its prompt. Scores come with intervals, differences are paired over items, gates become
+verdicts (``gates.py``). What cannot run here is listed as not measured, with the reason.
+
+Reads the data stage's folder, the run's artifacts and the suite. Writes, into the stage's
+folder: ``items/<task>.json`` (the questions), ``<artifact>/items.jsonl`` and
+``<artifact>/scores.json``, ``scores.json`` (everything), ``samples.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_kit import events, gates, isolate, items, metrics, rows, tokens
+from lora_kit.errors import MachineError
+from lora_kit.formats import UnusableRow
+from lora_kit.recipe import Recipe
+from lora_kit.rundir import Run, write_json, writing
+from lora_kit.suite import FEWSHOT, LOSS, GenerateTask, Suite, suite_of
+from lora_kit.types import Artifact, Conversation, Result, TaskScore, Verdict
+from lora_kit.units import number_text
+
+FORMAT = 1
+"""Version of ``scores.json`` and ``samples.json``."""
+UNITS = {LOSS: "nats per trained token"}
+"""Unit of a metric's value; every other metric lies between 0 and 1."""
+_SHOWN = ("base", FEWSHOT, "merged")
+
+Scored = dict[str, dict[tuple[str, str], list[dict[str, Any]]]]
+"""Lines of items.jsonl by subject (an artifact or base-fewshot), then by (task, metric)."""
+
+
+def stage(recipe: Recipe, run: Run) -> Result:
+    """Score every artifact that ``recipe.eval`` names on its suite, and decide the suite's gates.
+
+    Raises:
+        RecipeError: the suite has mistakes, or names what this run does not have.
+        DataError: a task has no usable row.
+        MachineError: an artifact that ``eval.artifacts`` names cannot be run here.
+    """
+    suite = suite_of(recipe, run.recipe_file.folder)
+    names = recipe.eval.artifacts or [name for name in run.artifacts() if name != "adapter"]
+    artifacts = [run.artifact(name) for name in names]
+    work, data_dir = run.work("eval"), run.stage_dir("data")
+    held_out = rows.read_held_out(data_dir)
+    with writing(work):
+        asked = _write_items(suite, recipe, run.recipe_file.folder, data_dir, held_out, work / "items")
+    samples = _sample_prompts(held_out, recipe.eval.samples)
+    outcomes: dict[str, dict[str, Any]] = {}
+    for index, artifact in enumerate(artifacts):
+        events.tell(events.Progress(stage="eval", done=index, total=len(artifacts), unit="artifact",
+                                    fields={"scoring": artifact.name}))
+        outcomes[artifact.name] = _score_apart(artifact, suite, recipe, samples, data_dir, work)
+    events.tell(events.Progress(stage="eval", done=len(artifacts), total=len(artifacts), unit="artifact"))
+    with writing(work):
+        return _write_results(suite, asked, outcomes, samples, work)
+
+
+# ---- what is asked ----------------------------------------------------------------------
+
+
+def _write_items(suite: Suite, recipe: Recipe, folder: Path, data_dir: Path, held_out: list[Conversation],
+                 items_dir: Path) -> dict[str, dict[str, Any]]:
+    """Write each task's questions; returns what scores.json says of each task."""
+    items_dir.mkdir()
+    asked = {}
+    for task in suite.tasks:
+        about = {"kind": task.spec.kind, "description": task.spec.description, "metrics": task.metrics}
+        if isinstance(task.spec, GenerateTask):
+            made = items.make_items(task, recipe, folder, held_out)
+            write_json(items_dir / f"{task.name}.json",
+                       {"items": [item.as_dict() for item in made.items], "examples": made.examples})
+            counts = {"num_items": len(made.items), "num_rows": made.num_rows, "num_left_out": made.num_left_out,
+                      "num_not_drawn": made.num_not_drawn, "unusable": made.unusable,
+                      "num_examples": len(made.examples)}
+        else:
+            num_rows = len(tokens.read_examples(data_dir, "held_out"))
+            num_items = min(num_rows, recipe.eval.limit or num_rows)
+            counts = {"num_items": num_items, "num_rows": num_rows, "num_left_out": 0,
+                      "num_not_drawn": num_rows - num_items, "unusable": {}, "num_examples": 0}
+        asked[task.name] = about | counts
+    return asked
+
+
+def _sample_prompts(held_out: list[Conversation], number: int) -> list[dict[str, Any]]:
+    """The first held-out conversations up to their last user turn, with the answer that stood there."""
+    found = []
+    for conversation in held_out:
+        if len(found) == number:
+            break
+        try:
+            items.question_and_answer(conversation)
+        except UnusableRow:
+            continue
+        last = max(i for i, message in enumerate(conversation.messages) if message.role == "user")
+        answer = conversation.messages[last + 1] if last + 1 < len(conversation.messages) else None
+        found.append({
+            "origin": conversation.origin, "tools": list(conversation.tools),
+            "messages": [message.as_dict() for message in conversation.messages[:last + 1]],
+            "reference": None if answer is None else answer.content or json.dumps(
+                [call["function"] for call in answer.tool_calls], ensure_ascii=False),
+        })
+    return found
+
+
+def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list[dict], data_dir: Path,
+                 work: Path) -> dict[str, Any]:
+    """What ``scoring.score_artifact`` says in a fresh process, with its cost; nothing measured when it cannot run."""
+    # A default artifact may be one that this machine cannot run; one that the recipe names has to.
+    strict = bool(recipe.eval.artifacts)
+    arguments = {
+        "artifact": artifact.as_dict(),
+        "tasks": [{"name": task.name, "spec": task.spec.model_dump(mode="json")} for task in suite.tasks],
+        "data_dir": str(data_dir), "work_dir": str(work), "tools_mode": recipe.data.tools, "samples": samples,
+        "sample_tokens": recipe.eval.sample_tokens, "threads": recipe.eval.threads, "limit": recipe.eval.limit,
+        "seed": recipe.seed, "strict": strict,
+    }
+    try:
+        done = isolate.call("lora_kit.scoring:score_artifact", arguments, threads=recipe.eval.threads)
+    except MachineError as error:
+        if strict:
+            raise
+        return {"engines": {}, "samples": None, "seconds": None, "peak_memory_bytes": None, "not_measured": [
+            {"artifact": artifact.name, "task": task.name, "why": str(error)} for task in suite.tasks]}
+    return {**done.value, "seconds": done.seconds, "peak_memory_bytes": done.peak_memory_bytes}
+
+
+# ---- what it proves ---------------------------------------------------------------------
+
+
+def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples: list[dict], work: Path) -> Result:
+    """Scores, differences and verdicts from every artifact's items.jsonl, written and told."""
+    scored: Scored = {name: _read_scored(work / name / "items.jsonl") for name in _subjects(suite, outcomes)}
+    higher = {(task.name, metric): metric != LOSS and metrics.load(metric).HIGHER_IS_BETTER
+              for task in suite.tasks for metric in task.metrics}
+    scores = [gates.task_score(lines, task=task, artifact=name, metric=metric, higher_is_better=higher[task, metric])
+              for name, by_metric in scored.items() for (task, metric), lines in by_metric.items()]
+    not_measured = [entry for outcome in outcomes.values() for entry in outcome["not_measured"]]
+    not_measured += _unanswered(suite, asked, scored, not_measured)
+    compared = {
+        (task, metric, name, baseline): gates.difference(
+            scored[name][task, metric], scored[baseline][task, metric], task=task, metric=metric, artifact=name,
+            baseline=baseline, higher_is_better=higher[task, metric])
+        for task, metric, name, baseline in _pairs(suite, scored)}
+    verdicts = [gates.decide(gate, compared.get((gate.task, gate.metric, gate.artifact, gate.baseline)),
+                             _why_not_compared(gate, not_measured)) for gate in suite.gates]
+    figures = {"suite": suite.name, "scores": [score.as_dict() for score in scores],
+               "differences": list(compared.values()), "not_measured": not_measured}
+    for name in scored:
+        outcome = outcomes["base" if name == FEWSHOT else name]
+        (work / name).mkdir(exist_ok=True)
+        write_json(work / name / "scores.json", {
+            "format": FORMAT, "artifact": name, "engines": outcome["engines"], "seconds": outcome["seconds"],
+            "peak_memory_bytes": outcome["peak_memory_bytes"],
+            "scores": [score.as_dict() for score in scores if score.artifact == name],
+            "not_measured": [entry for entry in not_measured if entry["artifact"] == name],
+        })
+    write_json(work / "scores.json", {
+        "format": FORMAT, **figures, "tasks": asked,
+        "units": {metric: UNITS.get(metric, "0 to 1") for _, metric in higher},
+        "verdicts": [verdict.as_dict() for verdict in verdicts],
+        "seconds": {name: outcome["seconds"] for name, outcome in outcomes.items()},
+    })
+    answered = {name: outcome["samples"] for name, outcome in outcomes.items() if outcome["samples"]}
+    write_json(work / "samples.json", {"format": FORMAT, "samples": [
+        {**sample, "answers": {name: answers[index] for name, answers in answered.items()}}
+        for index, sample in enumerate(samples)]})
+    for why, names in _grouped(not_measured).items():
+        events.tell(events.Caution(text=f"not measured: {', '.join(names)}: {why}"))
+    events.tell(_as_table(scores, list(compared.values())))
+    return Result(summary=_summary(suite, scores, verdicts), verdicts=tuple(verdicts), figures=figures)
+
+
+def _subjects(suite: Suite, outcomes: dict[str, dict]) -> Iterator[str]:
+    for name in outcomes:
+        yield name
+        if name == "base" and any(task.num_fewshot for task in suite.tasks):
+            yield FEWSHOT
+
+
+def _read_scored(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                item = json.loads(line)
+                found[item["task"], item["metric"]].append(item)
+    return dict(found)
+
+
+def _unanswered(suite: Suite, asked: dict, scored: Scored, known: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Tasks on which a subject has no score at all, beyond those that are known."""
+    seen, found = {(entry["artifact"], entry["task"]) for entry in known}, []
+    for name, by_metric in scored.items():
+        for task in suite.tasks:
+            lines = by_metric.get((task.name, task.metrics[0]), [])
+            if (name, task.name) in seen or any(line["score"] is not None for line in lines):
+                continue
+            if name == FEWSHOT and not task.num_fewshot:
+                continue
+            if lines:
+                why = f"no item has a score; the first: {lines[0]['error']}"
+            elif not asked[task.name]["num_items"]:
+                why = "no item is left" if asked[task.name]["num_rows"] else "nothing is held out"
+            elif name == FEWSHOT and not asked[task.name]["num_examples"]:
+                why = "no training row serves as an example"
+            else:
+                why = "base was not measured"
+            found.append({"artifact": name, "task": task.name, "why": why})
+    return found
+
+
+def _pairs(suite: Suite, scored: Scored) -> list[tuple[str, str, str, str]]:
+    """(task, metric, artifact, baseline) to compare: everything with base, and what gates ask for."""
+    wanted = [(task, metric, name, "base") for name, by_metric in scored.items() if name != "base"
+              for task, metric in by_metric]
+    wanted += [(gate.task, gate.metric, gate.artifact, gate.baseline) for gate in suite.gates]
+    return [pair for pair in dict.fromkeys(wanted)
+            if all(pair[:2] in scored.get(side, {}) for side in pair[2:])]
+
+
+def _why_not_compared(gate, not_measured: list[dict[str, str]]) -> str:
+    for entry in not_measured:
+        if entry["task"] == gate.task and entry["artifact"] in (gate.artifact, gate.baseline):
+            return f"{entry['artifact']} was not measured: {entry['why']}"
+    return ""
+
+
+def _grouped(not_measured: list[dict[str, str]]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for entry in not_measured:
+        grouped[entry["why"]].append(f"{entry['artifact']} on {entry['task']}")
+    return grouped
+
+
+def _as_table(scores: list[TaskScore], differences: list[dict]) -> events.Table:
+    to_base = {(entry["task"], entry["metric"], entry["artifact"]): entry for entry in differences
+               if entry["baseline"] == "base"}
+    lines = []
+    for score in scores:
+        change = to_base.get((score.task, score.metric, score.artifact))
+        lines.append([
+            f"{score.task} {score.metric}", score.artifact, number_text(score.value, 3),
+            _interval(score.ci_low, score.ci_high),
+            number_text(change["difference"], 3) if change else "",
+            _interval(change["ci_low"], change["ci_high"]) if change else "",
+            f"{score.num_items}" + (f" ({score.num_errors} errors)" if score.num_errors else ""),
+        ])
+    return events.Table(title="Scores", rows=lines, columns=[
+        "task", "artifact", "score", "95 % interval", "difference to base", "95 % interval", "items"])
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "–" if low is None else f"{number_text(low, 3)} to {number_text(high, 3)}"
+
+
+def _summary(suite: Suite, scores: list[TaskScore], verdicts: list[Verdict]) -> str:
+    if not any(score.value is not None for score in scores):
+        return "nothing was measured"
+    parts = []
+    for task in suite.tasks:
+        values = [f"{score.artifact} {number_text(score.value, 3)}" for score in scores
+                  if score.task == task.name and score.metric == task.metrics[0] and score.artifact in _SHOWN]
+        title = task.name if task.metrics == [LOSS] else f"{task.name} {task.metrics[0]}"
+        parts += [f"{title}: {', '.join(values)}"] if values else []
+    if verdicts:
+        parts.append(f"{sum(verdict.outcome == 'PASS' for verdict in verdicts)} of {len(verdicts)} gates pass")
+    return "; ".join(parts)

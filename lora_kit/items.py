@@ -1,0 +1,229 @@
+"""Eval items: what a task asks, made once from its rows and asked of every artifact alike.
+
+An item is the prompt before a row's last assistant turn, with the tools offered, and the
+target. Here items are left out (functions that training showed), drawn (``eval.limit``)
+and given their clusters; here too the few-shot examples are drawn from the training rows,
+never from held-out ones. Torch-free. Reads the sources; writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_kit import prepared, rows
+from lora_kit.errors import DataError
+from lora_kit.formats import UnusableRow
+from lora_kit.recipe import DataSource, Recipe
+from lora_kit.suite import GenerateTask, Task
+from lora_kit.types import Conversation, Message
+
+HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question: ``messages`` and ``tools`` as templates read them; ``target`` and ``inputs`` are texts or JSON."""
+
+    item_id: str
+    cluster: str
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    target: str
+    inputs: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """A task's items in the order of its rows, and what became of the other rows.
+
+    ``examples`` are the few-shot conversations: ``{"messages": [user ..., assistant], "tools": [...]}``.
+    """
+
+    items: list[Item]
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    num_rows: int
+    num_left_out: int
+    num_not_drawn: int
+    unusable: dict[str, int] = field(default_factory=dict)
+
+
+def make_items(task: Task, recipe: Recipe, relative_to: Path, held_out: list[Conversation]) -> Items:
+    """The items of a ``generate`` task.
+
+    Args:
+        relative_to: the recipe's folder.
+        held_out: the run's held-out conversations.
+
+    Raises:
+        DataError: no row is usable, or a row lacks a key that the task names.
+    """
+    spec = task.spec
+    assert isinstance(spec, GenerateTask)
+    made, unusable, num_rows = [], Counter(), 0
+    names_of: list[set[str]] = []
+    for origin, record, read in _rows(task, held_out):
+        num_rows += 1
+        try:
+            conversation = read(record, origin)
+            made.append(_item(spec, conversation, record))
+            names_of.append(function_names(conversation.tools))
+        except UnusableRow as problem:
+            unusable[problem.reason] += 1
+    if not made:
+        raise DataError(f"task {task.name}", f"none of its {num_rows} rows is usable",
+                        f"most: {unusable.most_common(1)[0][0]}" if unusable else "check its source")
+    made = _with_own_ids(made)
+    training = _Training(recipe, relative_to, held_out)
+    kept = made
+    if "functions_in_training" in spec.leave_out:
+        shown = training.function_names()
+        kept = [item for item, names in zip(made, names_of, strict=True) if not names & shown]
+    drawn = draw(kept, recipe.eval.limit, f"{recipe.seed} {task.name}")
+    examples = []
+    if spec.num_fewshot:
+        with_tools = any(item.tools for item in drawn)
+        examples = training.examples(spec.num_fewshot, f"{recipe.seed} {task.name} examples", with_tools=with_tools)
+    return Items(items=drawn, examples=examples, num_rows=num_rows, num_left_out=len(made) - len(kept),
+                 num_not_drawn=len(kept) - len(drawn), unusable=dict(unusable))
+
+
+def draw(entries: list, limit: int | None, seed: str) -> list:
+    """At most ``limit`` of ``entries``, drawn by ``seed``, in their order."""
+    if limit is None or len(entries) <= limit:
+        return entries
+    return [entries[index] for index in sorted(random.Random(seed).sample(range(len(entries)), limit))]
+
+
+def function_names(tools: Iterable[dict[str, Any]]) -> set[str]:
+    """Names of the functions in ``tools``, as OpenAI's objects or bare."""
+    return {tool.get("function", tool)["name"] for tool in tools}
+
+
+def question_and_answer(conversation: Conversation) -> tuple[list[Message], Message]:
+    """The messages before the last assistant turn, and that turn; UnusableRow when there are none."""
+    if conversation.trains_all:
+        raise UnusableRow("plain text has no question")
+    last = max((i for i, message in enumerate(conversation.messages) if message.role == "assistant"), default=0)
+    if last == 0:
+        raise UnusableRow("no question before an assistant turn")
+    return list(conversation.messages[:last]), conversation.messages[last]
+
+
+def _rows(task: Task, held_out: list[Conversation]) -> Iterator[tuple[str, dict[str, Any], rows.Read]]:
+    source = task.spec.data
+    if source.source == HELD_OUT:
+        for conversation in held_out:
+            yield conversation.origin, {}, lambda _record, _origin, same=conversation: same
+        return
+    yield from rows.rows_of(source, prepared.resolve_source(source, task.folder))
+
+
+def _item(spec: GenerateTask, conversation: Conversation, record: dict[str, Any]) -> Item:
+    question, answer = question_and_answer(conversation)
+    called = [call["function"]["name"] for call in answer.tool_calls]
+    offered = [tool.get("function", tool)["name"] for tool in conversation.tools]
+    cluster = conversation.origin
+    if spec.cluster_by == "function":
+        cluster = next(iter(called + offered), cluster)
+    inputs = {key: _text(_value(record, row_key, conversation.origin)) for key, row_key in spec.inputs.items()}
+    if conversation.tools and "functions" not in inputs:
+        inputs["functions"] = _text(list(conversation.tools))
+    target = _value(record, spec.target, conversation.origin) if spec.target else _target(answer, conversation.tools)
+    return Item(item_id=conversation.origin, cluster=cluster, messages=[message.as_dict() for message in question],
+                tools=list(conversation.tools), target=_text(target), inputs=inputs)
+
+
+def _target(answer: Message, tools: tuple[dict[str, Any], ...]) -> Any:
+    """The answer's text; of tool calls, the form that tool_call reads, with one accepted value each."""
+    if not answer.tool_calls:
+        return answer.content or ""
+    schemas = {tool.get("function", tool)["name"]: tool.get("function", tool).get("parameters") or {} for tool in tools}
+    calls = []
+    for call in answer.tool_calls:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        properties = schemas.get(name, {}).get("properties") or {}
+        calls.append({name: {key: [_accepted(value, properties.get(key) or {})] for key, value in arguments.items()}})
+    return calls
+
+
+def _accepted(value: Any, schema: dict[str, Any]) -> Any:
+    """``value`` as an accepted one: an object that is matched key by key holds a list of accepted values for each."""
+    if isinstance(value, dict) and schema.get("type") in ("object", "dict"):
+        return {key: [inner] for key, inner in value.items()}
+    if isinstance(value, list) and isinstance(schema.get("items"), dict):
+        return [_accepted(element, {"type": schema["items"].get("type")}) for element in value]
+    return value
+
+
+def _value(record: dict[str, Any], key: str, origin: str) -> Any:
+    if key not in record:
+        raise DataError(origin, f"the row has no '{key}', which the task reads", f"it has: {', '.join(record)}")
+    return record[key]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _with_own_ids(made: list[Item]) -> list[Item]:
+    """Items with ids that differ: pairs are made by them."""
+    seen: Counter = Counter()
+    unique = []
+    for item in made:
+        seen[item.item_id] += 1
+        number = seen[item.item_id]
+        unique.append(item if number == 1 else Item(**{**item.as_dict(), "item_id": f"{item.item_id} ({number})"}))
+    return unique
+
+
+class _Training:
+    """The recipe's training rows, as far as evals ask about them."""
+
+    def __init__(self, recipe: Recipe, relative_to: Path, held_out: list[Conversation]) -> None:
+        self.recipe, self.relative_to = recipe, relative_to
+        self.held_out = {conversation.origin for conversation in held_out}
+
+    def conversations(self) -> Iterator[Conversation]:
+        source: DataSource
+        for source in self.recipe.data.train:
+            for origin, record, read in rows.rows_of(source, prepared.resolve_source(source, self.relative_to)):
+                try:
+                    yield read(record, origin)
+                except UnusableRow:
+                    continue
+
+    def function_names(self) -> set[str]:
+        return {name for conversation in self.conversations() for name in function_names(conversation.tools)}
+
+    def examples(self, number: int, seed: str, *, with_tools: bool) -> list[dict[str, Any]]:
+        """``number`` first exchanges of training rows that are not held out, drawn by ``seed``."""
+        generator, chosen, seen = random.Random(seed), [], 0
+        for conversation in self.conversations():
+            example = self._first_exchange(conversation, with_tools)
+            if example is None:
+                continue
+            # Reservoir sampling: one pass, and only what is chosen is kept.
+            seen += 1
+            if len(chosen) < number:
+                chosen.append(example)
+            elif (place := generator.randrange(seen)) < number:
+                chosen[place] = example
+        return chosen
+
+    def _first_exchange(self, conversation: Conversation, with_tools: bool) -> dict[str, Any] | None:
+        if conversation.trains_all or conversation.origin in self.held_out:
+            return None
+        end = next(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
+        if bool(conversation.messages[end].tool_calls) != with_tools:
+            return None
+        turns = [message for message in conversation.messages[:end + 1] if message.role != "system"]
+        return {"messages": [message.as_dict() for message in turns], "tools": list(conversation.tools)}

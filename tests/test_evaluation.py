@@ -1,0 +1,210 @@
+"""The eval stage over a tiny base and a merged model that was trained on what is held out."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lora_kit import chat, evaluation, events, isolate, rows, scoring, tokens
+from lora_kit.errors import MachineError, RecipeError
+from lora_kit.recipe import Recipe
+from lora_kit.types import Artifact, Conversation, Message
+
+CONVERSATIONS = [
+    Conversation(messages=(Message(role="user", content=f"say {n}"), Message(role="assistant", content="ok")),
+                 origin=f"rows.jsonl:{n}") for n in range(8)
+]
+SUITE = """
+tasks: [loss, answers]
+gates:
+  - {task: loss, better_than: base}
+  - {task: loss, no_worse_than: base, margin: 0.1}
+  - {task: answers, metric: token_f1, better_than: base-fewshot}
+"""
+ANSWERS = "kind: generate\ndata: held_out\nmetrics: [exact_match, token_f1]\nmax_new_tokens: 8\nnum_fewshot: 2\n"
+
+
+class FakeRun:
+    """What the stage asks of a run."""
+
+    def __init__(self, path: Path, artifacts: dict[str, Artifact]) -> None:
+        self.path, self._artifacts = path, artifacts
+        self.recipe_file = SimpleNamespace(folder=path)
+
+    def stage_dir(self, stage: str) -> Path:
+        return self.path / stage
+
+    def work(self, stage: str) -> Path:
+        return self.path / f".{stage}.working"
+
+    def artifacts(self) -> dict[str, Artifact]:
+        return self._artifacts
+
+    def artifact(self, name: str) -> Artifact:
+        return self._artifacts[name]
+
+
+def tuned(base: Path, folder: Path) -> Path:
+    """The base after some steps on the held-out rows themselves: certain to be better at them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = chat.load_tokenizer(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    batch = tokens.batch_of([chat.encode(tokenizer, each) for each in CONVERSATIONS], 2, "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(input_ids=batch.tokens_BT, attention_mask=batch.attention_mask_BT, labels=batch.labels_BT).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_run(folder: Path, artifacts: dict[str, Artifact], base: Path) -> FakeRun:
+    run = FakeRun(folder, artifacts)
+    run.work("eval").mkdir()
+    run.stage_dir("data").mkdir()
+    tokenizer = chat.load_tokenizer(base)
+    tokens.write_examples(run.stage_dir("data"), "held_out", [chat.encode(tokenizer, each) for each in CONVERSATIONS])
+    (run.stage_dir("data") / "held_out.jsonl").write_text(
+        "".join(rows.to_json(each) + "\n" for each in CONVERSATIONS))
+    training = [{"messages": [{"role": "user", "content": f"train {n}"}, {"role": "assistant", "content": "yes"}]}
+                for n in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in training))
+    for name, text in (("loss", "kind: held_out_loss\n"), ("answers", ANSWERS)):
+        (folder / "mine" / "tasks" / name).mkdir(parents=True)
+        (folder / "mine" / "tasks" / name / "task.yaml").write_text(text)
+    (folder / "mine" / "suites").mkdir()
+    (folder / "mine" / "suites" / "own.yaml").write_text(SUITE)
+    return run
+
+
+def recipe(**fields) -> Recipe:
+    return Recipe(name="r", model={"base": "b"}, data={"train": {"source": "train.jsonl", "format": "messages"}},
+                  eval={"samples": 2, "sample_tokens": 5, "threads": 1, **fields})
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, tiny_model):
+    """The stage's result, folder and events over base, merged, and a form whose process crashes."""
+    folder = tmp_path_factory.mktemp("run")
+    merged = tuned(tiny_model, folder / "merged")
+    artifacts = {
+        "base": Artifact(name="base", path=str(tiny_model), kind="hf"),
+        "adapter": Artifact(name="adapter", path=str(folder / "none"), kind="adapter"),
+        "merged": Artifact(name="merged", path=str(merged), kind="hf"),
+        "gguf-q8_0": Artifact(name="gguf-q8_0", path=str(folder / "none.gguf"), kind="gguf"),
+    }
+    run = make_run(folder, artifacts, tiny_model)
+    real_call = isolate.call
+
+    def call(function, arguments, **options):
+        if arguments["artifact"]["name"] == "gguf-q8_0":
+            raise MachineError(function, "the process crashed (SIGILL)")
+        if arguments["artifact"]["name"] == "base":  # in this process, which has loaded torch already
+            return isolate.Isolated(value=scoring.score_artifact(**arguments), seconds=1.0, peak_memory_bytes=1)
+        return real_call(function, arguments, **options)
+
+    told = []
+    with pytest.MonkeyPatch.context() as patch, events.listening(told.append):
+        patch.setattr(isolate, "call", call)
+        result = evaluation.stage(recipe(suite="mine/suites/own.yaml"), run)
+    return SimpleNamespace(result=result, run=run, work=run.work("eval"), told=told,
+                           scores=json.loads((run.work("eval") / "scores.json").read_text()))
+
+
+def test_gates_are_decided(scored):
+    better, no_worse, fewshot = scored.result.verdicts
+    assert better.outcome == "PASS" and no_worse.outcome == "PASS", (better, no_worse)
+    assert fewshot.outcome == "PASS", fewshot
+    assert scored.scores["verdicts"] == [verdict.as_dict() for verdict in scored.result.verdicts]
+    assert scored.result.summary.endswith("3 of 3 gates pass")
+
+
+def test_loss_is_per_trained_token_with_the_conversation_as_cluster(scored):
+    values = {(entry["artifact"], entry["task"]): entry for entry in scored.scores["scores"]}
+    assert values["merged", "loss"]["value"] < 1 < values["base", "loss"]["value"]
+    assert values["base", "loss"]["num_items"] == 8 and not values["base", "loss"]["higher_is_better"]
+    lines = [json.loads(line) for line in (scored.work / "base" / "items.jsonl").read_text().splitlines()]
+    losses = [(line["score"], line["weight"]) for line in lines if line["metric"] == "loss"]
+    expected = sum(score * weight for score, weight in losses) / sum(weight for _, weight in losses)
+    assert values["base", "loss"]["value"] == pytest.approx(expected)
+    assert scored.scores["units"] == {"loss": "nats per trained token", "exact_match": "0 to 1", "token_f1": "0 to 1"}
+
+
+def test_differences_are_paired_with_base_and_with_what_gates_ask_for(scored):
+    found = {(entry["metric"], entry["artifact"], entry["baseline"]): entry for entry in scored.scores["differences"]}
+    assert set(found) == {
+        ("loss", "merged", "base"), ("exact_match", "merged", "base"), ("token_f1", "merged", "base"),
+        ("exact_match", "base-fewshot", "base"), ("token_f1", "base-fewshot", "base"),
+        ("token_f1", "merged", "base-fewshot")}
+    loss = found["loss", "merged", "base"]
+    assert loss["ci_low"] < loss["difference"] < loss["ci_high"] < 0 and loss["num_clusters"] == 8
+    by_name = {entry["artifact"]: entry["value"] for entry in scored.scores["scores"] if entry["metric"] == "loss"}
+    assert loss["difference"] == pytest.approx(by_name["merged"] - by_name["base"])
+
+
+def test_what_cannot_run_is_listed_and_cautioned_not_invented(scored):
+    why = "lora_kit.scoring:score_artifact: the process crashed (SIGILL)"
+    assert scored.scores["not_measured"] == [
+        {"artifact": "gguf-q8_0", "task": task, "why": why} for task in ("loss", "answers")]
+    assert not any(entry["artifact"] in ("gguf-q8_0", "adapter") for entry in scored.scores["scores"])
+    cautions = [event.text for event in scored.told if isinstance(event, events.Caution)]
+    assert cautions == [f"not measured: gguf-q8_0 on loss, gguf-q8_0 on answers: {why}"]
+    table = next(event for event in scored.told if isinstance(event, events.Table))
+    assert len(table.rows) == len(scored.scores["scores"]) == 8
+
+
+def test_samples_before_and_after(scored):
+    samples = json.loads((scored.work / "samples.json").read_text())["samples"]
+    assert [sample["origin"] for sample in samples] == ["rows.jsonl:0", "rows.jsonl:1"]
+    assert samples[1]["messages"] == [{"role": "user", "content": "say 1"}] and samples[1]["reference"] == "ok"
+    assert set(samples[1]["answers"]) == {"base", "merged"}
+    assert samples[1]["answers"]["merged"] == {"text": "ok", "stopped": True, "num_tokens": 2}
+
+
+def test_each_subject_has_its_own_files_and_all_answered_the_same_items(scored):
+    subjects = {path.parent.name for path in scored.work.glob("*/scores.json")}
+    assert subjects == {"base", "base-fewshot", "merged", "gguf-q8_0"}
+    asked = json.loads((scored.work / "items" / "answers.json").read_text())
+    assert len(asked["items"]) == 8 and len(asked["examples"]) == 2
+    ids = [{json.loads(line)["item_id"] for line in (scored.work / name / "items.jsonl").read_text().splitlines()
+            if '"answers"' in line} for name in ("base", "base-fewshot", "merged")]
+    assert ids[0] == ids[1] == ids[2] == {item["item_id"] for item in asked["items"]}
+    own = json.loads((scored.work / "merged" / "scores.json").read_text())
+    assert own["peak_memory_bytes"] > 0 and own["seconds"] > 0 and len(own["scores"]) == 3
+    assert scored.scores["tasks"]["loss"]["num_items"] == 8
+
+
+def test_an_artifact_that_the_recipe_names_must_run(tmp_path, tiny_model, monkeypatch):
+    run = make_run(tmp_path, {"base": Artifact(name="base", path=str(tiny_model), kind="hf")}, tiny_model)
+
+    def call(function, arguments, **options):
+        assert arguments["strict"]
+        raise MachineError("engine llamacpp", "is not installed")
+
+    monkeypatch.setattr(isolate, "call", call)
+    with pytest.raises(MachineError, match="is not installed"):
+        evaluation.stage(recipe(artifacts=["base"]), run)
+
+
+def test_without_held_out_rows_nothing_is_measured_and_gates_stay_open(tmp_path, tiny_model):
+    run = make_run(tmp_path, {"base": Artifact(name="base", path=str(tiny_model), kind="hf")}, tiny_model)
+    tokens.write_examples(run.stage_dir("data"), "held_out", [])
+    (run.stage_dir("data") / "held_out.jsonl").write_text("")
+    result = evaluation.stage(recipe(suite="chat"), run)
+    assert result.summary == "nothing was measured" and result.figures["scores"] == []
+    assert result.figures["not_measured"] == [
+        {"artifact": "base", "task": "held_out_loss", "why": "nothing is held out"}]
+    assert [(verdict.outcome, verdict.evidence) for verdict in result.verdicts] == [
+        ("INCONCLUSIVE", "base was not measured: nothing is held out")]
+
+
+def test_mistakes_in_the_suite_stop_before_anything_is_loaded(tmp_path, tiny_model):
+    run = make_run(tmp_path, {}, tiny_model)
+    with pytest.raises(RecipeError, match="no suite is called 'chta'; did you mean 'chat'"):
+        evaluation.stage(recipe(suite="chta"), run)
