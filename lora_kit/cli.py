@@ -1,0 +1,359 @@
+"""The command line: verbs, options, exit codes. The only place that prints or exits.
+
+Heavy imports stand inside the verbs, so that ``--help`` and recipe errors are instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="lora-kit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    help="One recipe in, a fine-tuned model you can trust out.",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
+RunArgument = Annotated[
+    Path | None, typer.Argument(metavar="[RUN]", help="A run folder. Default: the newest.", show_default=False)
+]
+TargetArgument = Annotated[
+    str | None, typer.Argument(metavar="[RUN|ARTIFACT]", show_default=False,
+                               help="A run, RUN/ARTIFACT, a model or adapter folder, or a .gguf file. Default: the newest run.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.steps=10. Repeatable.")
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
+NoDepsOption = Annotated[bool, typer.Option("--no-deps", help="An owed earlier stage is an error instead of being run.")]
+AgainOption = Annotated[bool, typer.Option("--again", help="Do the stage again even when it is done.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run even when one can go on.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
+
+_RUNS = Path("runs")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from lora_kit import __version__
+
+        typer.echo(f"lora-kit {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def init(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe; see the list without it.", show_default=False)] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="File to write. Default: RECIPE.yaml here.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: keep the recipe's own values.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Copy a shipped recipe here and fill in what it must know."""
+    from lora_kit import scaffold
+
+    if recipe is None:
+        typer.echo("shipped recipes:")
+        for name in scaffold.names():
+            typer.echo(f"  {name:26} {scaffold.description(name)}")
+        typer.echo("lora-kit init NAME copies one here")
+        return
+    target = to or Path(".")
+    answers = {}
+    for question in scaffold.questions(recipe):
+        if yes or not sys.stdin.isatty():
+            continue
+        answers[question.key] = typer.prompt(question.text, default=question.default)
+    path = scaffold.copy_recipe(recipe, target, answers)
+    typer.echo(f"wrote {path}; next: lora-kit plan {path}")
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = None, debug: DebugOption = False) -> None:
+    """Check a recipe and show what it will do: rows, tokens, steps."""
+    from lora_kit import model, prepared
+    from lora_kit.events import Note, tell
+    from lora_kit.plan import make_plan
+    from lora_kit.recipe_file import read_recipe
+
+    recipe_file = read_recipe(recipe, set_ or ())
+    base = model.find_base(recipe_file.recipe.model, recipe_file.folder)
+    found = prepared.find(recipe_file.recipe, recipe_file.folder, base)
+    if not found.exists:
+        from lora_kit import data
+
+        tell(Note(text="preparing the data, once"))
+        data.prepare(recipe_file.recipe, found, base)
+    made = make_plan(recipe_file.recipe, found, base)
+    _show_ledger(made.ledger)
+    _terminal.table("\nplan", ("", ""), made.rows())
+    typer.echo(f"\nnext: lora-kit run {recipe}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run to go on with.", show_default=False)],
+    set_: SetOption = None, runs: RunsOption = _RUNS, fresh: FreshOption = False, debug: DebugOption = False,
+) -> None:
+    """Train the adapter of a recipe, or go on with an unfinished run."""
+    from lora_kit import pipeline, rundir
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        run = pipeline.train_on_ranks(_recipe_file_of(recipe, set_), runs_dir=runs, fresh=fresh)
+    elif rundir.is_run(recipe):
+        run = pipeline.continue_run(rundir.open_run(recipe), until="train")
+    else:
+        run = pipeline.run_recipe(_recipe_file_of(recipe, set_), runs_dir=runs, until="train", fresh=fresh)
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"adapter: {run.stage_dir('train') / 'adapter'}")
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument, set_: SetOption = None, runs: RunsOption = _RUNS, fresh: FreshOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Do everything a recipe says, skipping what is done."""
+    from lora_kit import pipeline
+    from lora_kit.errors import GateFailed, GateInconclusive, RecipeError
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("lora-kit run", "was launched with several processes, and only training uses them",
+                          "launch lora-kit train, then lora-kit run without a launcher")
+    opened = pipeline.open_for(_recipe_file_of(recipe, set_), runs, fresh=fresh)
+    typer.echo(f"run {opened.path}")
+    if not pipeline.owed(opened):
+        typer.echo("nothing to do: every stage is done")
+    try:
+        pipeline.continue_run(opened)
+    except (GateFailed, GateInconclusive):
+        _finish(opened)
+        raise
+    _finish(opened)
+
+
+def _finish(opened) -> None:
+    typer.echo(f"report: {opened.stage_dir('report') / 'index.html'}")
+
+
+def _stage_verb(stage: str, summary: str):
+    def verb(
+        target: RunArgument = None, runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        _do_stage(stage, target, runs, no_deps, again)
+
+    verb.__doc__ = summary
+    app.command(name=stage)(verb)
+
+
+def _do_stage(stage: str, target: Path | None, runs: Path, no_deps: bool, again: bool) -> None:
+    from lora_kit import pipeline, rundir
+
+    opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
+    typer.echo(f"run {opened.path}")
+    pipeline.continue_run(opened, until=stage, no_deps=no_deps, redo=again)
+    seal = opened.seal(stage)
+    typer.echo(f"{stage}: {seal['summary']}")
+    typer.echo(f"written to {opened.stage_dir(stage)}")
+
+
+_stage_verb("merge", "Merge the adapter of a run into its base and prove that nothing changed.")
+_stage_verb("quantize", "Quantize the merged model of a run and measure what it cost.")
+
+
+@app.command()
+def bench(
+    target: TargetArgument = None, runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads, for an ARTIFACT.")] = None, debug: DebugOption = False,
+) -> None:
+    """Measure inference speed: of a run's artifacts, or of one artifact."""
+    from lora_kit import pipeline, rundir
+
+    if target is None or rundir.is_run(Path(target)):
+        _do_stage("bench", Path(target) if target else None, runs, no_deps, again)
+        return
+    from lora_kit import bench as bench_module
+    from lora_kit.recipe import BenchSection
+
+    artifact, _ = pipeline.artifact_at(target, runs)
+    point = bench_module.bench_artifact(artifact, BenchSection(threads=threads))
+    _terminal.table("", bench_module.COLUMNS, [bench_module.row_of(point)])
+
+
+@app.command(name="eval")
+def eval_(
+    target: RunArgument = None, runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Score the artifacts of a run with its suite and decide its gates."""
+    _do_stage("eval", target, runs, no_deps, again)
+
+
+_stage_verb("report", "Write the report of a run: one HTML page and one Markdown file.")
+
+
+@app.command()
+def chat(
+    target: TargetArgument = None, runs: RunsOption = _RUNS,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    debug: DebugOption = False,
+) -> None:
+    """Talk to a model: a run's merged model, or any artifact."""
+    from lora_kit import chat as chat_module
+    from lora_kit import pipeline, rundir
+    from lora_kit.engines import open_engine
+
+    artifact, opened = pipeline.artifact_at(target or str(rundir.newest(runs)), runs)
+    typer.echo(f"{artifact.name}: {artifact.path}\n/reset starts anew, /quit or Ctrl-D ends")
+    engine = open_engine(artifact)
+    tools_mode = opened.recipe.data.tools if opened else "template"
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            typer.echo("")
+            break
+        if text == "/quit":
+            break
+        if text == "/reset":
+            messages = list(start)
+            continue
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = chat_module.prompt_ids(engine.tokenizer, messages, tools_mode=tools_mode)
+        answer = ""
+        for piece in engine.stream(prompt, max_new_tokens=max_new_tokens):
+            typer.echo(piece, nl=False)
+            answer += piece
+        typer.echo("")
+        messages.append({"role": "assistant", "content": answer})
+    engine.close()
+
+
+@app.command()
+def doctor(debug: DebugOption = False) -> None:
+    """Show versions, devices, extras and combinations that are known to be bad."""
+    from lora_kit.doctor import examine
+
+    rows = [(check.group, check.name, check.status, check.detail) for check in examine()]
+    _terminal.table("", ("", "what", "status", "detail"), rows)
+
+
+def _recipe_file_of(recipe: Path, set_: list[str] | None):
+    from lora_kit.recipe_file import read_recipe
+
+    return read_recipe(recipe, set_ or ())
+
+
+def _show_ledger(ledger: dict[str, Any]) -> None:
+    from lora_kit.units import count_text
+
+    splits = ledger["splits"]
+    rows = [(name.replace("_", " "), *(count_text(counts[name]) for counts in splits.values()))
+            for name in next(iter(splits.values())) if any(counts[name] for counts in splits.values())]
+    _terminal.table("ledger", ("", *(name.replace("_", " ") for name in splits)), rows)
+    if ledger["reasons"]:
+        reasons = [(item["split"].replace("_", " "), item["reason"], count_text(item["rows"]), ", ".join(item["examples"][:1]))
+                   for item in ledger["reasons"]]
+        _terminal.table("\nreasons", ("", "reason", "rows", "first"), reasons)
+
+
+class _LazyTerminal:
+    """The terminal, made when the first event or table comes: rich is not imported for ``--help``."""
+
+    def __init__(self) -> None:
+        self.terminal = None
+
+    def __call__(self, event) -> None:
+        self._made()(event)
+
+    def table(self, *arguments) -> None:
+        self._made().table(*arguments)
+
+    def close(self) -> None:
+        if self.terminal is not None:
+            self.terminal.close()
+
+    def _made(self):
+        if self.terminal is None:
+            from lora_kit.terminal import Terminal
+
+            self.terminal = Terminal()
+        return self.terminal
+
+
+_terminal = _LazyTerminal()
+
+
+def main() -> None:
+    """Run the command line and exit with DESIGN's exit code; no traceback reaches a user without ``--debug``."""
+    from lora_kit import events
+
+    debug = "--debug" in sys.argv
+    # The hub's libraries report home and fetch kernels unless told not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    listener = _terminal if int(os.environ.get("RANK", "0")) == 0 else (lambda event: None)
+    try:
+        with events.listening(listener):
+            code = app(standalone_mode=False)
+        code = code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        _terminal.close()
+        typer.echo("interrupted", err=True)
+        code = 130
+    except BaseException as error:  # noqa: BLE001 - the one place where everything ends
+        _terminal.close()
+        code = _report(error, debug)
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    """Print one line for ``error`` (several for a recipe's problems) and return the exit code."""
+    from typer.exceptions import TyperException
+
+    from lora_kit.errors import LoraKitError
+
+    if isinstance(error, (SystemExit, typer.Exit)):
+        code = getattr(error, "exit_code", getattr(error, "code", 0))
+        return code if isinstance(code, int) else 1
+    if isinstance(error, typer.Abort):
+        typer.echo("interrupted", err=True)
+        return 130
+    if isinstance(error, TyperException):
+        text = error.format_message()
+        # Without arguments the message is the help page itself.
+        typer.echo(text if "\n" in text else f"lora-kit: {text}; see lora-kit --help", err=True)
+        return 2
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, LoraKitError):
+        for line in error.lines():
+            typer.echo(line, err=True)
+        return error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        typer.echo("lora-kit: out of memory; lower train.micro_batch_size or data.max_tokens", err=True)
+        return 6
+    if isinstance(error, OSError):
+        typer.echo(f"{error.filename or 'lora-kit'}: {error.strerror or error}; check space and permissions", err=True)
+        return 6
+    text = " ".join(str(error).split())[:300]
+    typer.echo(f"lora-kit: {type(error).__name__}: {text}; a bug of ours: run again with --debug and report it", err=True)
+    return 70
+
+
+if __name__ == "__main__":
+    main()

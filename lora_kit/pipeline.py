@@ -1,0 +1,298 @@
+"""The stages in order: which one is owed, which can be skipped, what a change of the recipe reopens.
+
+A stage is skipped only when its fingerprint matches: the recipe sections it reads, the
+seals of the stages it takes from, and the versions that matter. A change of model, data,
+lora or train opens a new run; a change further down republishes those stages in the run.
+
+Reads recipes and run folders; writes run folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lora_kit import hardware, prepared, rundir, suite
+from lora_kit.errors import BY_EXIT_CODE, GateFailed, GateInconclusive, LoraKitError, RecipeError
+from lora_kit.events import Note, StageFinished, StageSkipped, StageStarted, tell
+from lora_kit.recipe import IDENTITY
+from lora_kit.recipe_file import RecipeFile
+from lora_kit.rundir import Run
+from lora_kit.types import Artifact, Result, Verdict
+
+VERSIONS = ("lora-kit", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "evaluate", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage: its module, the recipe sections it reads, the stages it takes from, the packages that matter."""
+
+    name: str
+    module: str
+    sections: tuple[str, ...]
+    takes_from: tuple[str, ...]
+    packages: tuple[str, ...]
+
+
+STAGES = (
+    Stage(name="data", module="lora_kit.data", sections=("model", "data", "seed"), takes_from=(),
+          packages=("transformers", "tokenizers")),
+    Stage(name="train", module="lora_kit.train", sections=("model", "lora", "train", "seed"), takes_from=("data",),
+          packages=("torch", "transformers", "peft", "accelerate", "bitsandbytes")),
+    Stage(name="merge", module="lora_kit.merge", sections=("merge",), takes_from=("train",),
+          packages=("torch", "transformers", "peft")),
+    Stage(name="quantize", module="lora_kit.quantize", sections=("quantize",), takes_from=("merge",),
+          packages=("torch", "transformers", "bitsandbytes", "gguf", "llama-cpp-python")),
+    Stage(name="bench", module="lora_kit.bench", sections=("bench",), takes_from=("merge", "quantize"),
+          packages=("torch", "transformers", "bitsandbytes", "llama-cpp-python")),
+    Stage(name="eval", module="lora_kit.evaluation", sections=("eval",), takes_from=("merge", "quantize"),
+          packages=("torch", "transformers", "bitsandbytes", "llama-cpp-python")),
+    Stage(name="report", module="lora_kit.report", sections=("name", "description", "cost"),
+          takes_from=("data", "train", "merge", "quantize", "bench", "eval"), packages=()),
+)
+
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def open_for(recipe_file: RecipeFile, runs_dir: Path, *, fresh: bool = False) -> Run:
+    """The run of this recipe: the newest whose model, data, lora and train are the same, or a new one.
+
+    Args:
+        fresh: always a new one.
+    """
+    from lora_kit.model import find_base
+
+    suite.suite_of(recipe_file.recipe, recipe_file.folder)  # its mistakes are told now, not after training
+    base = find_base(recipe_file.recipe.model, recipe_file.folder)
+    resolved = _resolved(recipe_file, base)
+    identity = resolved["identity"]
+    for path in [] if fresh else reversed(rundir.runs_in(runs_dir, recipe_file.recipe.name)):
+        run = rundir.open_run(path)
+        if run.resolved["identity"] != identity:
+            continue
+        if run.recipe == recipe_file.recipe and run.resolved["base"] == base:
+            return run
+        with run.locked():
+            return rundir.update(run, recipe_file, resolved)
+    return rundir.create(runs_dir, recipe_file, resolved)
+
+
+def _resolved(recipe_file: RecipeFile, base: dict[str, Any]) -> dict[str, Any]:
+    """What goes into lock.json."""
+    found = prepared.find(recipe_file.recipe, recipe_file.folder, base)
+    parts = [recipe_file.recipe.fingerprint(*IDENTITY), base["content"], base["sha256"], base["revision"], found.key]
+    identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return {
+        "identity": identity, "base": base, "data_key": found.key, "seed": recipe_file.recipe.seed,
+        "sources": {split: [{"reference": item.reference, "sha256": item.sha256, "revision": item.revision}
+                            for item in items] for split, items in found.sources.items()},
+        "versions": versions(VERSIONS), "machine": hardware.describe(),
+        "recipe_path": str(recipe_file.path), "overrides": list(recipe_file.overrides),
+        "resolved_recipe": recipe_file.recipe.model_dump(mode="json"),
+        "opened": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Installed versions by distribution name, None where a package is not installed. Imports none of them."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def run_recipe(recipe_file: RecipeFile, *, runs_dir: Path = Path("runs"), until: str = "report", fresh: bool = False,
+               redo: bool = False) -> Run:
+    """Bring the recipe's run up to stage ``until``, skipping what is done.
+
+    A failed gate does not keep later stages from running; it is raised at the end.
+
+    Args:
+        until: the last stage wanted.
+        fresh: start a new run even when an unfinished or finished one exists.
+        redo: do the last stage again even when it is done.
+
+    Raises:
+        GateFailed, GateInconclusive: after all stages, when a verdict says so.
+    """
+    run = open_for(recipe_file, runs_dir, fresh=fresh)
+    tell(Note(text=f"run {run.path}"))
+    return continue_run(run, until=until, redo=redo)
+
+
+def continue_run(run: Run, *, until: str = "report", no_deps: bool = False, redo: bool = False) -> Run:
+    """Bring ``run`` up to stage ``until``; see :func:`run_recipe`.
+
+    Args:
+        no_deps: an owed stage before ``until`` is an error instead of being run.
+    """
+    wanted = STAGES[:NAMES.index(until) + 1]
+    needed = _needed_for(until) if until != "report" else set(NAMES)
+    verdicts: list[Verdict] = []
+    with run.locked():
+        for stage in wanted:
+            if stage.name not in needed:
+                continue
+            reason = _why_owed(stage, run)
+            if reason is None and not (redo and stage.name == until):
+                tell(StageSkipped(stage=stage.name, why="done"))
+            elif no_deps and stage.name != until:
+                raise RecipeError(str(run.path), f"stage {stage.name} is owed ({reason}) before {until}",
+                                  f"lora-kit {stage.name} {run.path}, or leave out --no-deps")
+            else:
+                _execute(stage, run, reason or "asked for")
+            verdicts += [Verdict(**fields) for fields in (run.seal(stage.name) or {}).get("verdicts", ())]
+    _raise_for(verdicts)
+    return run
+
+
+def owed(run: Run) -> list[str]:
+    """Names of the stages that a full run would still do."""
+    return [stage.name for stage in STAGES if _why_owed(stage, run) is not None]
+
+
+def _needed_for(until: str) -> set[str]:
+    by_name = {stage.name: stage for stage in STAGES}
+    needed, waiting = set(), [until]
+    while waiting:
+        name = waiting.pop()
+        needed.add(name)
+        waiting += by_name[name].takes_from
+    return needed
+
+
+def _fingerprint(stage: Stage, run: Run) -> str:
+    inputs = {name: (run.seal(name) or {}).get("content") for name in stage.takes_from}
+    parts = {"sections": run.recipe.section_json(*stage.sections), "inputs": inputs, "versions": versions(stage.packages)}
+    if stage.name == "data":
+        parts["key"] = run.resolved["data_key"]
+    if stage.name in ("bench", "report"):
+        parts["machine"] = run.resolved["machine"].get("cpu")
+    if stage.name == "eval":
+        parts["suite"] = suite.suite_of(run.recipe, run.recipe_file.folder).fingerprint()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _why_owed(stage: Stage, run: Run) -> str | None:
+    """Why the stage has to run, or None when what lies there is what it would make."""
+    seal = run.seal(stage.name)
+    if seal is None:
+        return "not done yet"
+    if any(run.seal(name) is None for name in stage.takes_from):
+        return "an earlier stage is owed"
+    if seal["fingerprint"] != _fingerprint(stage, run):
+        return "its settings, inputs or versions changed"
+    missing = [name for name in seal["files"] if not (run.stage_dir(stage.name) / name).exists()]
+    return f"{missing[0]} is gone" if missing else None
+
+
+def _execute(stage: Stage, run: Run, reason: str) -> None:
+    tell(StageStarted(stage=stage.name, why=reason))
+    started = time.perf_counter()
+    module = importlib.import_module(stage.module)
+    with run.publishing(stage.name) as work:
+        (work / "stage.json").unlink(missing_ok=True)
+        result: Result = module.stage(run.recipe, run)
+        seconds = time.perf_counter() - started
+        files = {str(path.relative_to(work)): path.stat().st_size for path in sorted(work.rglob("*"))
+                 if path.is_file() and "checkpoints" not in path.relative_to(work).parts}
+        run.publish(stage.name, {
+            "stage": stage.name, "fingerprint": _fingerprint(stage, run), "seconds": seconds,
+            "content": _content(result), "files": files,
+            "artifacts": [artifact.as_dict() for artifact in result.artifacts],
+            "verdicts": [verdict.as_dict() for verdict in result.verdicts],
+            "summary": result.summary, "figures": result.figures, "versions": versions(stage.packages),
+        })
+    tell(StageFinished(stage=stage.name, seconds=seconds, summary=result.summary))
+
+
+def _content(result: Result) -> str:
+    """What later stages depend on: artifacts when there are any, else everything the stage found."""
+    parts: Any = [[artifact.path, artifact.adapter_sha256, artifact.size_bytes] for artifact in result.artifacts]
+    parts = {"artifacts": parts, "figures": result.figures, "verdicts": [v.as_dict() for v in result.verdicts]}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _raise_for(verdicts: list[Verdict]) -> None:
+    for outcome, kind in (("FAIL", GateFailed), ("INCONCLUSIVE", GateInconclusive)):
+        found = [verdict for verdict in verdicts if verdict.outcome == outcome]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise kind(found[0].claim, f"{outcome}: {found[0].evidence}{more}", "see the report")
+
+
+def artifact_at(target: str, runs_dir: Path) -> tuple[Artifact, Run | None]:
+    """The artifact that a user names: a run (its merged model), ``run/artifact``, a folder or a .gguf file."""
+    path = Path(target)
+    if rundir.is_run(path):
+        run = rundir.open_run(path)
+        found = run.artifacts()
+        return found.get("merged") or found.get("adapter") or found["base"], run
+    if rundir.is_run(path.parent) and not path.exists():
+        run = rundir.open_run(path.parent)
+        return run.artifact(path.name), run
+    if path.suffix == ".gguf" and path.is_file():
+        return Artifact(name=path.stem, path=str(path.resolve()), kind="gguf", tokenizer=None,
+                        size_bytes=path.stat().st_size), None
+    if (path / "adapter_config.json").exists():
+        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        run = rundir.open_run(path.parent.parent) if rundir.is_run(path.parent.parent) else None
+        base_path = run.resolved["base"]["artifact"]["path"] if run else base
+        return Artifact(name="adapter", path=str(path.resolve()), kind="adapter", base=base_path,
+                        tokenizer=base_path), run
+    if (path / "config.json").exists():
+        from lora_kit.model import weight_bytes
+
+        return Artifact(name=path.name, path=str(path.resolve()), kind="hf", tokenizer=str(path.resolve()),
+                        size_bytes=weight_bytes(path)), None
+    raise RecipeError(target, "is neither a run nor a model, adapter or .gguf file",
+                      f"name one, or leave it out for the newest run under {runs_dir}")
+
+
+def train_on_ranks(recipe_file: RecipeFile, *, runs_dir: Path, fresh: bool = False) -> Run:
+    """Train as one of several launched processes: the first opens the run and prepares the data for all.
+
+    Raises:
+        LoraKitError: what stopped the first process, in every process.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    told: list[Any] = [None, None]
+    run = None
+    if state.is_main_process:
+        try:
+            run = open_for(recipe_file, runs_dir, fresh=fresh)
+            tell(Note(text=f"run {run.path}"))
+            continue_run(run, until="data")
+            told = [str(run.path), None]
+        except LoraKitError as error:
+            told = [None, (error.exit_code, error.where, error.what, error.todo)]
+    broadcast_object_list(told)
+    if told[1] is not None:
+        code, where, what, todo = told[1]
+        raise BY_EXIT_CODE[code](where, what, todo)
+    if run is None:
+        run = rundir.open_run(Path(told[0]))
+        if _why_owed(_stage("train"), run) is not None:
+            importlib.import_module("lora_kit.train").stage(run.recipe, run)
+    else:
+        continue_run(run, until="train")
+    state.wait_for_everyone()
+    return run
+
+
+def _stage(name: str) -> Stage:
+    return STAGES[NAMES.index(name)]

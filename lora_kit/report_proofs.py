@@ -1,0 +1,245 @@
+"""The report's sections of evidence: merge, quantized forms, speed, quality, answers.
+
+A figure that does not exist is shown as not measured, with the reason, never as zero.
+Texts stay plain here; the writers escape them. Torch-free; reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lora_kit.recipe import QuantizeForm
+from lora_kit.report_document import (
+    Block,
+    Cell,
+    Paragraph,
+    Sample,
+    Section,
+    Table,
+    Turn,
+    VerdictLine,
+    Verdicts,
+    missing,
+    rate_text,
+    threads_text,
+)
+from lora_kit.report_findings import Findings
+from lora_kit.units import bytes_text, count_text, number_text, seconds_text
+
+
+def merge(found: Findings) -> Section:
+    """What merging changed, beside what the adapter changed and what the type costs by itself."""
+    certificate, blocks = found.merge_certificate, []
+    if certificate is None:
+        blocks.append(Paragraph(text=f"No certificate: {found.why_missing('merge')}.", tone="missing"))
+    else:
+        dtype = certificate.get("dtype", "its type")
+        compared = (("adapter_change", "the base alone: what training changed"),
+                    ("exact", "merged in fp32: must be rounding only"),
+                    ("floor", f"base + adapter in {dtype}: what the type costs"),
+                    ("merged", f"the files on disk, in {dtype}"))
+        rows = [_comparison(title, certificate[key]) for key, title in compared if key in certificate]
+        blocks += _stage_verdicts(found, "merge")
+        blocks.append(Table(
+            title="Against base + adapter in fp32",
+            columns=("", "mean KL (nats a token)", "largest KL", "same first choice", "perplexity",
+                     "largest difference"),
+            rows=rows, numeric=(1, 2, 3, 4, 5),
+            note=f"On {certificate.get('measured_on', 'held-out rows')}. Largest difference: of the log-probability of "
+                 "any token of the vocabulary."))
+    return Section(anchor="merge", title="Merge certificate", blocks=blocks, intro=(
+        "The merged model, read back from disk, against base plus adapter: merging must change nothing that its number "
+        "type does not change by itself."))
+
+
+def _comparison(title: str, figures: dict[str, Any]) -> list[str | Cell]:
+    return [title, _with_error(figures), number_text(figures.get("max_kl"), 3), _share(figures.get("top1_agreement")),
+            number_text(figures.get("perplexity_candidate")), number_text(figures.get("max_log_prob_difference"), 3)]
+
+
+def _with_error(figures: dict[str, Any]) -> str:
+    mean, error = figures.get("mean_kl"), figures.get("mean_kl_standard_error")
+    return number_text(mean, 3) + (f" ± {number_text(error, 2)}" if error is not None else "")
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"
+
+
+def quantized(found: Findings) -> Section:
+    """What each quantized form costs against the merged model."""
+    blocks: list[Block] = []
+    if not found.recipe.quantize:
+        blocks.append(Paragraph(text="The recipe asks for no quantized form.", tone="missing"))
+    else:
+        blocks += _stage_verdicts(found, "quantize")
+        rows: list[list[str | Cell]] = []
+        notes = []
+        for form in found.recipe.quantize:
+            certificate = found.certificates.get(form.name)
+            if certificate is None:
+                rows.append([form.name, missing(found.why_missing("quantize"), span=8)])
+                continue
+            ratio = certificate.get("size_ratio")
+            rows.append([
+                form.name, bytes_text(certificate.get("size_bytes")), "–" if ratio is None else f"{ratio:.0%}",
+                number_text(certificate.get("bits_per_weight"), 3), _with_error(certificate),
+                number_text(certificate.get("p95_kl"), 3), _share(certificate.get("top1_agreement")),
+                number_text(certificate.get("perplexity_ratio")), _bounds(form)])
+            notes.append(f"{form.name}: {certificate.get('measured_on', '–')}, {certificate.get('engine', '–')} "
+                         f"against {certificate.get('reference', 'merged')}."
+                         + (f" {certificate['engine_note']}." if certificate.get("engine_note") else ""))
+        blocks.append(Table(
+            columns=("form", "size", "of merged", "bits a weight", "mean KL", "95 % of KL below",
+                     "same first choice", "perplexity ratio", "bounds"),
+            rows=rows, numeric=(1, 2, 3, 4, 5, 6, 7), note=" ".join(["KL in nats a token.", *notes])))
+    return Section(anchor="quantized", title="Quantized forms", blocks=blocks, intro=(
+        "Each form is made from the merged 16-bit model, reloaded in a fresh process and measured against it. It fails "
+        "only by bounds that the recipe sets."))
+
+
+def _bounds(form: QuantizeForm) -> str:
+    bounds = []
+    if form.max_kl is not None:
+        bounds.append(f"KL at most {number_text(form.max_kl)}")
+    if form.min_top1 is not None:
+        bounds.append(f"same first choice at least {form.min_top1:.0%}")
+    return ", ".join(bounds) or "none set"
+
+
+def bench(found: Findings) -> Section:
+    """Speed and peak memory of each artifact."""
+    points = found.points()
+    if not points:
+        nothing = Paragraph(text=f"No speed: {found.why_missing('bench')}.", tone="missing")
+        return Section(anchor="bench", title="Speed", blocks=[nothing])
+    rows: list[list[str | Cell]] = []
+    for name, point in points.items():
+        if point.get("why_not"):
+            rows.append([name, missing(point["why_not"], span=7)])
+            continue
+        rows.append([
+            name, point["engine"], bytes_text(point["size_bytes"]), bytes_text(point["peak_memory_bytes"]),
+            seconds_text(point["load_seconds"]), seconds_text(point["time_to_first_token_seconds"]),
+            rate_text(point["prefill_tokens_per_second"]), rate_text(point["decode_tokens_per_second"]),
+        ])
+    whole, first = found.bench or {}, next(iter(points.values()))
+    machine = whole.get("machine") or {}
+    blocks: list[Block] = [Table(
+        columns=("artifact", "engine", "size", "peak memory", "load", "first token", "prefill tok/s", "decode tok/s"),
+        rows=rows, numeric=(2, 3, 4, 5, 6, 7),
+        note=f"Medians of {first['repeats']} repeats after one warm-up: batch {first['batch_size']}, "
+             f"{first['prompt_tokens']} prompt tokens (random, all different) and {first['new_tokens']} new ones, "
+             f"{threads_text(first['threads'])}, on {machine.get('cpu', '–')}. Each artifact in a "
+             "fresh process; load includes importing the engine's libraries.")]
+    if whole.get("caution"):
+        blocks.append(Paragraph(text=f"Caution: {whole['caution']}.", tone="unsure"))
+    return Section(anchor="bench", title="Speed", blocks=blocks)
+
+
+def quality(found: Findings) -> Section:
+    """Scores with intervals, paired differences, what was not measured."""
+    scores, blocks = found.scores, []
+    if scores is None:
+        blocks.append(Paragraph(text=f"No scores: {found.why_missing('eval')}.", tone="missing"))
+        return Section(anchor="quality", title="Quality", blocks=blocks)
+    blocks += _stage_verdicts(found, "eval")
+    units = scores.get("units") or {}
+    if scores.get("scores"):
+        blocks.append(Table(
+            title="Scores",
+            columns=("task", "metric", "artifact", "value", "95 % interval", "items", "errors", "better"),
+            rows=[[score["task"], score["metric"], score["artifact"], _value_cell(score), _interval(score),
+                   count_text(score["num_items"]), count_text(score["num_errors"]),
+                   "higher" if score["higher_is_better"] else "lower"] for score in scores["scores"]],
+            numeric=(3, 4, 5, 6),
+            note="; ".join(f"{metric}: {unit}" for metric, unit in units.items())))
+    if scores.get("differences"):
+        blocks.append(Table(
+            title="Differences on the same items",
+            columns=("task", "metric", "artifact", "against", "difference", "95 % interval", "items", "clusters", ""),
+            rows=[[each["task"], each["metric"], each["artifact"], each["baseline"], _signed(each["difference"]),
+                   _interval(each, signed=True), count_text(each["num_items"]), count_text(each["num_clusters"]),
+                   _direction(each)] for each in scores["differences"]],
+            numeric=(4, 5, 6, 7),
+            note="Paired over the items that both have, 95 % intervals by cluster. Better or worse only where the "
+                 "interval leaves zero out."))
+    skipped = scores.get("not_measured")
+    if skipped:
+        blocks.append(Table(title="Not measured", columns=("artifact", "task", "why"),
+                            rows=[[each["artifact"], each.get("task", "–"), each["why"]] for each in skipped]))
+    asked = scores.get("tasks") or {}
+    if asked:
+        blocks.append(Table(
+            title="What was asked", columns=("task", "items", "of rows", "left out", "not drawn", "unusable", "what"),
+            rows=[[task, count_text(about.get("num_items")), count_text(about.get("num_rows")),
+                   count_text(about.get("num_left_out")), count_text(about.get("num_not_drawn")),
+                   count_text(sum((about.get("unusable") or {}).values())),
+                   about.get("description") or about.get("kind", "–")] for task, about in asked.items()],
+            numeric=(1, 2, 3, 4, 5)))
+    return Section(anchor="quality", title="Quality", blocks=blocks)
+
+
+def _value_cell(score: dict[str, Any]) -> str | Cell:
+    return number_text(score["value"]) if score["value"] is not None else missing("no item could be scored")
+
+
+def _interval(fields: dict[str, Any], signed: bool = False) -> str:
+    low, high = fields.get("ci_low"), fields.get("ci_high")
+    if low is None or high is None:
+        return "–"
+    text = _signed if signed else number_text
+    return f"{text(low)} to {text(high)}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{'+' if value > 0 else ''}{number_text(value, 3)}"
+
+
+def _direction(difference: dict[str, Any]) -> Cell:
+    low, high = difference.get("ci_low"), difference.get("ci_high")
+    if low is None or high is None or low <= 0 <= high:
+        return Cell(text="cannot tell", tone="unsure")
+    better = (low > 0) == difference["higher_is_better"]
+    return Cell(text="better", tone="pass") if better else Cell(text="worse", tone="fail")
+
+
+def answers(found: Findings) -> Section:
+    """Held-out prompts with the answers of the base and the merged model side by side."""
+    blocks: list[Block] = [
+        Sample(
+            origin=str(sample.get("origin", "")),
+            turns=[Turn(role=str(turn.get("role", "")), text=_turn_text(turn)) for turn in sample.get("messages", ())],
+            reference=_as_text(sample.get("reference")),
+            answers=[_answer(name, answer) for name, answer in (sample.get("answers") or {}).items()],
+        ) for sample in found.samples]
+    if not blocks:
+        why = "the recipe asks for none" if found.recipe.eval.samples == 0 else found.why_missing("eval")
+        blocks.append(Paragraph(text=f"No samples: {why}.", tone="missing"))
+    return Section(anchor="samples", title="Answers before and after", blocks=blocks, intro=(
+        "Held-out prompts, answered greedily by the base and the merged model; the row's own answer beside them."))
+
+
+def _answer(name: str, answer: dict[str, Any]) -> tuple[str, str, str]:
+    if answer.get("error"):
+        return name, "", f"no answer: {answer['error']}"
+    text = _as_text(answer.get("text"))
+    remarks = [remark for remark, holds in (("cut off", not answer.get("stopped", True)), ("empty", not text)) if holds]
+    return name, text, ", ".join(remarks)
+
+
+def _turn_text(turn: dict[str, Any]) -> str:
+    return "\n".join(filter(None, [_as_text(turn.get("content")), _as_text(turn.get("tool_calls") or None)]))
+
+
+def _as_text(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, indent=1)
+
+
+def _stage_verdicts(found: Findings, stage: str) -> list[Block]:
+    lines = [VerdictLine(outcome=verdict.outcome, claim=verdict.claim, evidence=verdict.evidence)
+             for of, verdict in found.verdicts() if of == stage]
+    return [Verdicts(lines=lines)] if lines else []

@@ -1,0 +1,283 @@
+"""The report's sections about the run itself: what came out, training, data, machine.
+
+A figure that does not exist is shown as not measured, with the reason, never as zero.
+Texts stay plain here; the writers escape them. Torch-free; reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lora_kit import charts
+from lora_kit.report_document import (
+    TONES,
+    Block,
+    Card,
+    Cards,
+    Cell,
+    Code,
+    Figure,
+    Paragraph,
+    Section,
+    Table,
+    VerdictLine,
+    Verdicts,
+    missing,
+    parse_marked,
+    rate_text,
+)
+from lora_kit.report_findings import Findings, reference_text
+from lora_kit.units import bytes_text, count_text, number_text, seconds_text
+
+_MEAN_FROM_STEPS = 30
+"""A loss curve of at least this many steps also shows a running mean."""
+
+
+def summary(found: Findings) -> Section:
+    """Headline figures, every verdict, and the artifacts side by side."""
+    blocks: list[Block] = [Cards(cards=_cards(found))]
+    verdicts = found.verdicts()
+    if verdicts:
+        blocks.append(Verdicts(lines=[
+            VerdictLine(outcome=verdict.outcome, claim=verdict.claim, evidence=verdict.evidence)
+            for _, verdict in verdicts]))
+    else:
+        blocks.append(Paragraph(text="No claim was tested: no verdict.", tone="missing"))
+    blocks.append(_artifact_table(found))
+    return Section(anchor="summary", title="What came out", blocks=blocks)
+
+
+def _cards(found: Findings) -> list[Card]:
+    train = found.figures("train")
+    before, after = train.get("held_out_before"), train.get("held_out_after")
+    loss = f"{number_text(before, 3)} → {number_text(after, 3)}" if before and after else "not measured"
+    change = f"{(after / before - 1) * 100:+.1f} % on unseen rows" if before and after else _why_no_held_out(found)
+    trained, total = train.get("num_trainable_params"), train.get("num_params")
+    share = f"{100 * trained / total:.2g} % of {count_text(total)}" if trained and total else found.why_missing("train")
+    cards = [
+        Card(label="held-out loss", value=loss, note=change),
+        Card(label="trained parameters", value=count_text(trained) if trained else "not measured", note=share),
+        Card(label="training", value=seconds_text(train.get("train_seconds")) if train else "not measured",
+             note=f"{count_text(train.get('trained_tokens'))} tokens trained" if train else found.why_missing("train")),
+    ]
+    name, point = _fastest(found)
+    if point:
+        cards.append(Card(label="fastest answer", note=f"tokens a second, {name}",
+                          value=rate_text(point["decode_tokens_per_second"])))
+    else:
+        cards.append(Card(label="fastest answer", value="not measured", note=found.why_missing("bench")))
+    return cards
+
+
+def _why_no_held_out(found: Findings) -> str:
+    if "train" in found.seals and not found.held_out:
+        return "nothing was held out"
+    return found.why_missing("train")
+
+
+def _fastest(found: Findings) -> tuple[str, dict[str, Any] | None]:
+    measured = {name: point for name, point in found.points().items() if point.get("decode_tokens_per_second")}
+    if not measured:
+        return "", None
+    name = max(measured, key=lambda each: measured[each]["decode_tokens_per_second"])
+    return name, measured[name]
+
+
+def _artifact_table(found: Findings) -> Table:
+    scored = [score for score in (found.scores or {}).get("scores", ()) if score.get("value") is not None]
+    tasks = list(dict.fromkeys((score["task"], score["metric"]) for score in scored))[:3]
+    by_key = {(score["artifact"], score["task"], score["metric"]): score for score in scored}
+    columns = ["artifact", "kind", "size", "KL", *(_task_title(task, metric) for task, metric in tasks),
+               "decode tok/s", "verdict"]
+    points, rows = found.points(), []
+    for name, artifact in found.artifacts.items():
+        point = points.get(name)
+        row: list[str | Cell] = [name, artifact.kind, bytes_text(artifact.size_bytes),
+                                 number_text(found.mean_kl(name), 3)]
+        for task in tasks:
+            score = by_key.get((name, *task))
+            row.append(number_text(score["value"], 3) if score else "–")
+        speed = point.get("decode_tokens_per_second") if point else None
+        row += [rate_text(speed), _worst(found, name)]
+        rows.append(row)
+    if not rows:
+        rows = [[missing(found.why_missing("train"), span=len(columns))]]
+    numeric = tuple(range(2, len(columns) - 1))
+    return Table(title="Artifacts", columns=columns, rows=rows, numeric=numeric, note=(
+        "KL: nats a token from the artifact before it (merged from base plus adapter, a quantized form from merged). "
+        "A dash was not measured for this artifact; the sections below say why."))
+
+
+def _task_title(task: str, metric: str) -> str:
+    return task if metric == task else f"{task} {metric}"
+
+
+def _worst(found: Findings, name: str) -> str | Cell:
+    """The worst verdict that the stages gave about this artifact; a dash without one."""
+    outcomes = found.outcomes_of(name)
+    for outcome in ("FAIL", "INCONCLUSIVE", "PASS"):
+        if outcome in outcomes:
+            return Cell(text=outcome, tone=TONES[outcome])
+    return "–"
+
+
+def training(found: Findings) -> Section:
+    """The loss curve and how training went."""
+    train, recipe = found.figures("train"), found.recipe
+    blocks: list[Block] = []
+    figure = _loss_figure(found)
+    blocks.append(figure if figure else Paragraph(text=f"No loss curve: {found.why_missing('train')}.", tone="missing"))
+    lora = recipe.lora
+    rows: list[list[str | Cell]] = [
+        ["adapter", f"rank {lora.rank}, alpha {number_text(lora.alpha)}, dropout {number_text(lora.dropout)}, "
+                    f"targets {', '.join(lora.targets)}" + (", rsLoRA" if lora.rslora else "")
+                    + (", DoRA" if lora.dora else "")],
+        ["optimizer", f"AdamW, learning rate {number_text(recipe.train.learning_rate)}, {recipe.train.schedule}, "
+                      f"warm-up {number_text(100 * recipe.train.warmup)} %, batch {recipe.train.batch_size}"],
+    ]
+    if train:
+        rows += [
+            ["steps", count_text(train.get("steps"))],
+            ["tokens", f"{count_text(train.get('trained_tokens'))} trained of {count_text(train.get('tokens_total'))} "
+                       "passed through"],
+            ["time", f"{seconds_text(train.get('train_seconds'))} in the loop, "
+                     f"{seconds_text(found.seals['train'].get('seconds'))} for the stage"],
+            ["speed", f"{rate_text(train.get('tokens_per_second'))} tokens/s"],
+            ["peak memory", _train_peak(train)],
+            ["precision", f"{train.get('precision', '–')} on {train.get('device', '–')}, base held in "
+                          f"{recipe.model.load_in}"],
+            ["held-out loss", f"{number_text(train.get('held_out_before'))} before, "
+                              f"{number_text(train.get('held_out_after'))} after" if found.held_out
+             else missing(_why_no_held_out(found))],
+        ]
+        if train.get("best_step") is not None:
+            rows.append(["lowest held-out loss", f"at step {count_text(train['best_step'])}; "
+                         f"the adapter kept is the {train.get('kept', 'last')} one"])
+    else:
+        rows.append(["result", missing(found.why_missing("train"))])
+    blocks.append(Table(columns=("", ""), rows=rows))
+    return Section(anchor="training", title="Training", blocks=blocks)
+
+
+def _train_peak(train: dict[str, Any]) -> str:
+    device, process = train.get("device_peak_memory_bytes"), train.get("peak_memory_bytes")
+    if device:
+        return f"{bytes_text(device)} on the device, {bytes_text(process)} in the process"
+    return bytes_text(process)
+
+
+def _loss_figure(found: Findings) -> Figure | None:
+    steps = [(line["step"], line["loss"]) for line in found.steps if math.isfinite(line["loss"])]
+    held_out = [(line["step"], line["held_out_loss"]) for line in found.held_out
+                if math.isfinite(line["held_out_loss"])]
+    if not steps and not held_out:
+        return None
+    lines, caption = [], f"Loss in nats per trained token over {count_text(len(steps))} steps."
+    if len(steps) < len(found.steps):
+        caption += f" {count_text(len(found.steps) - len(steps))} more had a loss that is not finite."
+    if len(steps) >= _MEAN_FROM_STEPS:
+        window = max(5, len(steps) // 20)
+        means = charts.running_mean(steps, window)
+        lines += [charts.Line(name="training, each step", points=steps, style=0, faint=True),
+                  charts.Line(name=f"training, mean of {window} steps", points=means, style=0)]
+    elif steps:
+        lines.append(charts.Line(name="training, each step", points=steps, style=0))
+    if held_out:
+        lines.append(charts.Line(name="held out", points=held_out, style=1, dots=True))
+        caption += f" Held out: {count_text(found.held_out[0].get('num_rows'))} rows, the same each time."
+    words = f"Training loss from {number_text(steps[0][1])} to {number_text(steps[-1][1])}." if steps else ""
+    if held_out:
+        words += f" Held-out loss from {number_text(held_out[0][1])} to {number_text(held_out[-1][1])}."
+    wide, narrow = (
+        charts.line_chart(lines, x_title="optimizer step", y_title="loss (nats per token)", words=words, width=width,
+                          height=height) for width, height in ((860, 340), (380, 280)))
+    return Figure(wide_svg=wide, narrow_svg=narrow, caption=caption, words=words)
+
+
+def data(found: Findings) -> Section:
+    """The ledger and the first rows with their mask."""
+    blocks: list[Block] = []
+    if found.ledger is None:
+        blocks.append(Paragraph(text=f"No ledger: {found.why_missing('data')}.", tone="missing"))
+    else:
+        splits = found.ledger.get("splits", {})
+        names = list(dict.fromkeys(name for counts in splits.values() for name in counts))
+        rows = [[name.replace("_", " "), *(count_text(counts.get(name)) for counts in splits.values())]
+                for name in names]
+        blocks.append(Table(title="Ledger", columns=("", *(split.replace("_", " ") for split in splits)), rows=rows,
+                            numeric=tuple(range(1, len(splits) + 1)),
+                            note="Tokens in = trained + context + dropped + cut. Padding is not data and not counted."))
+        reasons = found.ledger.get("reasons", [])
+        if reasons:
+            blocks.append(Table(
+                title="Rows that were left out or changed", numeric=(2,),
+                columns=("split", "reason", "rows", "source", "for example"),
+                rows=[[str(reason.get("split", "–")).replace("_", " "), reason["reason"], count_text(reason["rows"]),
+                       reason.get("source") or "–", ", ".join(reason.get("examples", ())) or "–"]
+                      for reason in reasons]))
+    marked = parse_marked(found.preview or "")
+    if marked:
+        blocks.append(Paragraph(text="The first rows as the model sees them. Marked tokens are trained on, the rest is "
+                                     "context:"))
+        blocks += marked
+    return Section(anchor="data", title="Data", blocks=blocks)
+
+
+def _flat_rows(values: dict[str, Any], prefix: str = "") -> list[list[str | Cell]]:
+    """Scalars of a JSON object as rows; objects inside it with their key before the name, lists of scalars joined."""
+    rows: list[list[str | Cell]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key.removesuffix('_bytes')}".replace("_", " ")
+        if isinstance(value, dict):
+            rows += _flat_rows(value, f"{prefix}{key}: ")
+        elif isinstance(value, list):
+            if value and all(isinstance(item, (str, int, float)) for item in value) and len(value) <= 8:
+                rows.append([name, ", ".join(_scalar(key, item) for item in value)])
+        else:
+            rows.append([name, _scalar(key, value)])
+    return rows
+
+
+def _scalar(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if key.endswith("_bytes"):
+        return bytes_text(value)
+    if key.endswith("seconds"):
+        return seconds_text(value)
+    return count_text(value) if isinstance(value, int) else number_text(value)
+
+
+def machine(found: Findings) -> Section:
+    """Where and with what the run was made: lock.json, and the recipe verbatim."""
+    lock, blocks = found.lock, []
+    described = lock.get("machine") or {}
+    if described:
+        rows = _flat_rows({key: value for key, value in described.items() if key != "gpus"})
+        rows += [["gpu", ", ".join(filter(None, [gpu.get("name"), bytes_text(gpu.get("memory_bytes"))]))]
+                 for gpu in described.get("gpus") or ()]
+        blocks.append(Table(title="Machine", columns=("", ""), rows=rows))
+    versions = {package: version for package, version in (lock.get("versions") or {}).items() if version}
+    if versions:
+        blocks.append(Table(title="Versions", columns=("package", "version"), rows=_flat_rows(versions)))
+    inputs: list[list[str | Cell]] = []
+    base = lock.get("base") or {}
+    if base:
+        inputs.append(["base", reference_text(base), base.get("sha256") or "–"])
+    for split, sources in (lock.get("sources") or {}).items():
+        inputs += [[split.replace("_", " "), reference_text(source), source.get("sha256") or "–"] for source in sources]
+    if inputs:
+        blocks.append(Table(title="Inputs", columns=("", "what", "SHA-256"), rows=inputs))
+    seconds = [[stage, seconds_text(seal.get("seconds"))] for stage, seal in found.seals.items()]
+    if seconds:
+        blocks.append(Table(title="Time of the stages", columns=("stage", "time"), rows=seconds, numeric=(1,)))
+    if found.recipe_text:
+        blocks.append(Code(title="The recipe, as it was given", text=found.recipe_text.rstrip("\n"), folded=True))
+    if not blocks:
+        blocks.append(Paragraph(text="The run's lock.json says nothing about the machine.", tone="missing"))
+    return Section(anchor="machine", title="Machine, versions, inputs", blocks=blocks)

@@ -1,0 +1,223 @@
+"""The merge and its certificate: right merges pass, planted faults fail, each by the measure meant for it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from lora_kit import certificate, merge
+from lora_kit.errors import ModelError
+from tests import fake_run, tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder, _ = tiny.save_model(tmp_path_factory.mktemp("merge") / "base", dtype="bfloat16", initializer_range=0.1)
+    (folder / "gguf_tokenizer.json").write_text('{"tokenizer.ggml.pre": "gpt-2"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    return fake_run.save_adapter(base, tmp_path_factory.mktemp("merge") / "adapter", size=0.1)
+
+
+@pytest.fixture(scope="module")
+def rows(base, tmp_path_factory):
+    from lora_kit.chat import load_tokenizer
+
+    data = fake_run.save_rows(tmp_path_factory.mktemp("merge") / "data", load_tokenizer(base))
+    return certificate.held_out_rows(data, 600)["rows"]
+
+
+@pytest.fixture(scope="module")
+def merged(base, adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge") / "model"
+    folder.mkdir()
+    merge.merge_to_folder(str(base), str(adapter), str(base), str(folder), "bf16")
+    return folder
+
+
+def outcomes(base, adapter, folder, rows, dtype="bf16"):
+    measured = merge.certify(str(base), str(adapter), str(base), str(folder), dtype, rows, str(folder))
+    return [verdict.outcome for verdict in merge.judge(measured, dtype)], measured
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def expected_weights(base, adapter):
+    """W + alpha/r B A in float64, by hand."""
+    import torch
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    from safetensors.torch import load_file
+
+    factors, found = load_file(adapter / "adapter_model.safetensors"), {}
+    for name, tensor in weights_of(base).items():
+        place = f"base_model.model.{name.removesuffix('.weight')}"
+        found[name] = tensor.double()
+        if f"{place}.lora_A.weight" in factors:
+            a, b = (factors[f"{place}.lora_{part}.weight"].double() for part in "AB")
+            found[name] = found[name] + config["lora_alpha"] / config["r"] * (b @ a)
+    return {name: tensor.to(torch.bfloat16) for name, tensor in found.items()}
+
+
+def test_merged_weights_are_the_sum_cast_once(base, adapter, merged):
+    expected, found = expected_weights(base, adapter), weights_of(merged)
+    assert found.keys() == expected.keys()
+    different = sum(int((found[name] != expected[name]).sum()) for name in found)
+    total = sum(tensor.numel() for tensor in found.values())
+    assert different / total < 1e-4  # float64 here, float32 there: at most ties of the rounding
+    assert sum(int((found[name] != weights_of(base)[name]).sum()) for name in found) > total / 2
+
+
+def test_the_folder_is_plain_and_whole(base, merged):
+    config = json.loads((merged / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "gguf_tokenizer.json",
+                 "generation_config.json"):
+        assert (merged / name).read_bytes() == (base / name).read_bytes()
+    assert not list(merged.glob("adapter*"))
+
+
+def test_a_right_merge_passes(base, adapter, merged, rows):
+    found, measured = outcomes(base, adapter, merged, rows)
+    assert found == ["PASS", "PASS", "PASS"]
+    assert measured["stored"]["num_wrong"] == 0 and measured["stored"]["num_tensors"] == len(weights_of(merged))
+    assert 0 < measured["floor"]["mean_kl"] < measured["adapter_change"]["mean_kl"] / 10
+    assert measured["exact"]["max_log_prob_difference"] < 1e-4
+    assert list(merged.glob(".certificate*")) == []
+
+
+@pytest.mark.parametrize("config", [{"use_rslora": True}, {"use_dora": True}, {"targets": ["q_proj", "down_proj"]}])
+def test_other_loras_pass_too(config, base, rows, tmp_path):
+    adapter = fake_run.save_adapter(base, tmp_path / "adapter", size=0.1, **config)
+    (tmp_path / "model").mkdir()
+    merge.merge_to_folder(str(base), str(adapter), str(base), str(tmp_path / "model"), "bf16")
+    assert outcomes(base, adapter, tmp_path / "model", rows)[0] == ["PASS", "PASS", "PASS"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_other_types_pass_too(dtype, base, adapter, rows, tmp_path):
+    merge.merge_to_folder(str(base), str(adapter), str(base), str(tmp_path), dtype)
+    found, measured = outcomes(base, adapter, tmp_path, rows, dtype)
+    assert found == ["PASS", "PASS", "PASS"]
+    assert measured["engine"] == f"transformers {dtype}"
+
+
+@pytest.fixture
+def tampered(merged, tmp_path):
+    """A copy of the merged folder, and a function that rewrites its weights."""
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(merged, tmp_path / "tampered")
+
+    def rewrite(change):
+        weights = {name: change(name, tensor).contiguous() for name, tensor in weights_of(folder).items()}
+        save_file({k: v for k, v in weights.items() if v.numel()}, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return rewrite
+
+
+def test_a_dropped_adapter_fails(base, adapter, rows, tampered):
+    plain = weights_of(base)
+    found, measured = outcomes(base, adapter, tampered(lambda name, tensor: plain[name]), rows)
+    assert found == ["PASS", "FAIL", "FAIL"]
+    assert measured["merged"]["mean_kl"] == pytest.approx(measured["adapter_change"]["mean_kl"], rel=0.1)
+
+
+def test_half_the_scale_fails(base, adapter, rows, tampered):
+    plain = weights_of(base)
+    half = tampered(lambda name, tensor: ((tensor.float() + plain[name].float()) / 2).bfloat16())
+    assert outcomes(base, adapter, half, rows)[0] == ["PASS", "FAIL", "FAIL"]
+
+
+def test_one_layer_left_out_fails(base, adapter, rows, tampered):
+    plain = weights_of(base)
+    folder = tampered(lambda name, tensor: plain[name] if "layers.1." in name else tensor)
+    assert outcomes(base, adapter, folder, rows)[0] == ["PASS", "FAIL", "FAIL"]
+
+
+def test_one_flipped_byte_fails_though_no_logit_tells(base, adapter, rows, tampered):
+    def flip(name, tensor):
+        if "layers.0.mlp.up_proj" in name:
+            tensor = tensor.clone()
+            tensor.view(-1)[7] *= 1.0625
+        return tensor
+
+    assert outcomes(base, adapter, tampered(flip), rows)[0] == ["PASS", "FAIL", "PASS"]
+
+
+def test_a_faint_adapter_that_is_dropped_fails_by_the_tensors(base, rows, merged, tmp_path):
+    faint = fake_run.save_adapter(base, tmp_path / "adapter", size=2e-4)
+    folder = shutil.copytree(merged, tmp_path / "model")
+    shutil.copy(base / "model.safetensors", folder)
+    found, measured = outcomes(base, faint, folder, rows)
+    assert measured["adapter_change"]["mean_kl"] < measured["floor"]["mean_kl"]
+    assert found[1:] == ["FAIL", "PASS"]
+    assert "too little for this measure" in merge.judge(measured, "bf16")[2].evidence
+
+
+def test_a_wrong_merge_in_memory_fails_the_first_claim(base, adapter, merged, rows, monkeypatch):
+    def twice(model):
+        plain = model.merge_and_unload()
+        plain.model.layers[0].mlp.up_proj.weight.data *= 1.01
+        return plain
+
+    monkeypatch.setattr(merge, "_merged_fp32", twice)
+    assert outcomes(base, adapter, merged, rows)[0][0] == "FAIL"
+
+
+def test_tensors_missing_extra_or_of_another_type(merged, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    stored = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2), "c": torch.ones(2, dtype=torch.bfloat16)}
+    save_file(stored, tmp_path / "model.safetensors")
+    expected = {"a": torch.ones(3), "b": torch.ones(2), "d": torch.ones(4)}
+    found = merge.compare_tensors(expected, tmp_path, "bf16")
+    assert found == {"num_tensors": 2, "num_elements": 5, "num_wrong": 2, "num_inexact": 0,
+                     "names_differing": ["c", "d"]}
+    expected = {"a": torch.tensor([1.0, 1.0078125, 1.03]), "b": torch.ones(2).to(torch.bfloat16)}
+    counts = merge.compare_tensors(expected, tmp_path, "bf16")
+    assert (counts["num_inexact"], counts["num_wrong"]) == (1, 1 + 2)
+
+
+def test_a_type_that_is_too_narrow_is_an_error(base, tmp_path):
+    adapter = fake_run.save_adapter(base, tmp_path / "adapter", size=1e6)
+    with pytest.raises(ModelError, match="fp16: .* does not fit into it"):
+        merge.merge_to_folder(str(base), str(adapter), str(base), str(tmp_path), "fp16")
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_written(adapter, tmp_path):
+    other = tiny.save_model(tmp_path / "other", layers=1)[0]
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match="which this base does not have"):
+        merge.merge_to_folder(str(other), str(adapter), str(other), str(tmp_path / "out"), "bf16")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_stage_in_processes_of_its_own(base, adapter, tmp_path):
+    from lora_kit.chat import load_tokenizer
+
+    run = fake_run.FakeRun(tmp_path, base, adapter)
+    fake_run.save_rows(tmp_path / "data", load_tokenizer(base), split="train", num=3)
+    result = merge.stage(fake_run.recipe(merge={"dtype": "bf16"}), run)
+    assert [verdict.outcome for verdict in result.verdicts] == ["PASS", "PASS", "PASS"]
+    written = json.loads((run.work("merge") / "certificate.json").read_text())
+    assert written["measured_on"].endswith("3 training rows (no row is held out)")
+    assert [verdict["outcome"] for verdict in written["verdicts"]] == ["PASS"] * 3
+    run.publish("merge", result)
+    artifact = run.artifact("merged")
+    weights = run.path / "merge" / "model"
+    assert (artifact.kind, artifact.path) == ("hf", str(weights))
+    assert artifact.num_params == sum(tensor.numel() for tensor in weights_of(weights).values())
+    assert artifact.size_bytes == (weights / "model.safetensors").stat().st_size
+    json.dumps(result.figures)
+    assert np.isfinite(result.figures["merged"]["mean_kl"])
