@@ -22,11 +22,11 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-Integer = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
-Positive = Annotated[Number, Field(gt=0)]
-Count = Annotated[Integer, Field(ge=1)]
+# Outermost, so that the bounds stay on the number itself and reach the JSON Schema.
+_NumberOnly = BeforeValidator(_no_bool)
+Fraction = Annotated[float, Field(ge=0, lt=1), _NumberOnly]
+Positive = Annotated[float, Field(gt=0), _NumberOnly]
+Count = Annotated[int, Field(ge=1), _NumberOnly]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -91,7 +91,7 @@ class DataSource(Section):
     """How often this source's rows are seen an epoch: 0.5 draws half of them, 2 shows each twice."""
     limit: Count | None = None
     """Take at most this many usable rows, drawn with the recipe's seed."""
-    max_turns: Annotated[Integer, Field(ge=2)] | None = None
+    max_turns: Annotated[int, Field(ge=2), _NumberOnly] | None = None
     """Keep the first this many messages of a conversation; what is left off is in the ledger as cut."""
 
 
@@ -102,16 +102,16 @@ class DataSection(Section):
     """Sources of training rows."""
     held_out: Annotated[list[DataSource], BeforeValidator(_as_sources)] = []
     """Sources of held-out rows. Default: split off from the training rows (`held_out_rows`)."""
-    held_out_rows: Annotated[Integer, Field(ge=0)] = 64
+    held_out_rows: Annotated[int, Field(ge=0), _NumberOnly] = 64
     """Rows split off from training when `held_out` names no source; 0 holds nothing out."""
-    max_tokens: Annotated[Integer, Field(ge=8)] = 1024
+    max_tokens: Annotated[int, Field(ge=8), _NumberOnly] = 1024
     """Longest example, in tokens."""
     too_long: Literal["error", "drop", "cut_end"] = "error"
     """What happens to an example over `max_tokens`: an error, dropped, or its end cut off. Counted in the ledger."""
     tools: Literal["template", "system"] = "template"
     """How tool definitions reach the model: through the chat template, or as JSON in the system message where
     the template ignores them. The same in training, eval and export."""
-    max_dropped: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    max_dropped: Annotated[float, Field(ge=0, le=1), _NumberOnly] = 0.1
     """Largest share of rows that may be unusable before the data stage fails."""
 
 
@@ -151,7 +151,7 @@ class TrainSection(Section):
     """Learning rate after warm-up: cosine to zero, or constant."""
     warmup: Fraction = 0.05
     """Share of the steps in which the learning rate rises linearly from zero."""
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0), _NumberOnly] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
@@ -188,7 +188,7 @@ class QuantizeForm(Section):
     """The method's type: int8 or nf4 (bitsandbytes), q8_0 (gguf)."""
     max_kl: Positive | None = None
     """Fail when the mean KL divergence from the merged model exceeds this (nats per token)."""
-    min_top1: Annotated[Number, Field(gt=0, le=1)] | None = None
+    min_top1: Annotated[float, Field(gt=0, le=1), _NumberOnly] | None = None
     """Fail when fewer than this share of tokens keep the merged model's first choice."""
 
     @property
@@ -201,9 +201,9 @@ class BenchSection(Section):
 
     artifacts: list[str] = []
     """Names of the artifacts to measure. Default: base, merged and every quantized form."""
-    prompt_tokens: Annotated[Integer, Field(ge=2)] = 128
+    prompt_tokens: Annotated[int, Field(ge=2), _NumberOnly] = 128
     """Tokens of each prompt."""
-    new_tokens: Annotated[Integer, Field(ge=2)] = 32
+    new_tokens: Annotated[int, Field(ge=2), _NumberOnly] = 32
     """Tokens generated after it; stop tokens are ignored while measuring."""
     batch_size: Count = 1
     """Prompts at once."""
@@ -222,7 +222,7 @@ class EvalSection(Section):
     """Names of the artifacts to score. Default: base, merged and every quantized form."""
     limit: Count | None = None
     """Score at most this many items of each task, drawn with the recipe's seed."""
-    samples: Annotated[Integer, Field(ge=0)] = 4
+    samples: Annotated[int, Field(ge=0), _NumberOnly] = 4
     """Held-out prompts answered by base and merged model, shown side by side in the report."""
     sample_tokens: Count = 60
     """Longest sample answer, in tokens."""
@@ -248,7 +248,7 @@ class Recipe(Section):
     """Name of the folder under runs/. Default: the file's name."""
     description: str = ""
     """One sentence for people."""
-    seed: Annotated[Integer, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0), _NumberOnly] = 0
     """Seed of the split, the order and the adapter's initial values."""
     model: ModelSection
     data: DataSection
@@ -279,6 +279,13 @@ IDENTITY = ("name", "seed", "model", "data", "lora", "train")
 def json_schema() -> dict[str, Any]:
     """JSON Schema of the recipe file, for editors; ``name`` may be left out in a file."""
     schema = Recipe.model_json_schema()
+    data, recipe = schema["$defs"]["DataSection"]["properties"], schema["properties"]
+    # What the validators above accept beside a list: one mapping, and for a source its reference alone.
+    for properties, key, more in ((data, "train", [{"type": "string"}]), (data, "held_out", [{"type": "string"}]),
+                                  (recipe, "quantize", [])):
+        listed = properties[key]
+        described = {name: listed.pop(name) for name in ("description", "default", "title") if name in listed}
+        properties[key] = {"anyOf": [listed, listed["items"], *more], **described}
     schema["title"] = "lora-kit recipe"
     schema["required"] = [key for key in schema["required"] if key != "name"]
     return schema

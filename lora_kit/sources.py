@@ -34,7 +34,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_kit.errors import DataError, LoraKitError, MachineError, ModelError, RecipeError, RefusedError
 
-_PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>.+)$")
+_PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>[^\0]+)$")
 _HUB = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.\-/]+))?$")
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 # Some repositories hold the same weights a second time, in their makers' own layout.

@@ -143,8 +143,9 @@ def stage(recipe: Recipe, run: Run) -> Result:
             if finished or state["step"] % save_every == 0 or stop.requested(accelerator):
                 save()
             if stop.requested(accelerator) and not finished:
-                raise StoppedError(str(run.path), f"stopped after step {state['step']} of {num_steps}, checkpoint saved",
-                                   f"go on with: lora-kit train {run.path}")
+                raise StoppedError(
+                    str(run.path), f"stopped after step {state['step']} of {num_steps}, checkpoint saved",
+                    f"go on with: lora-kit train {run.path}")
 
     _write_adapter(net, work / "adapter", recipe, accelerator)
     if settings.keep == "best" and state["best_step"] not in (None, num_steps) and accelerator.is_main_process:
@@ -177,7 +178,9 @@ def stage(recipe: Recipe, run: Run) -> Result:
     )
 
 
-def share_of_batch(rows: list[int], examples: tokens.ExampleFile, micro_batch_size: int, accelerator) -> list[list[int]]:
+def share_of_batch(
+    rows: list[int], examples: tokens.ExampleFile, micro_batch_size: int, accelerator
+) -> list[list[int]]:
     """This process's micro-batches of a global batch: rows of like length together, so that little is padding."""
     by_length = sorted(rows, key=lambda row: (-examples.length(row), row))
     mine = by_length[accelerator.process_index::accelerator.num_processes]
@@ -222,6 +225,8 @@ def _accelerator(settings: TrainSection):
     precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}.get(settings.precision)
     if precision is None:
         precision = "bf16" if _has_bf16() else "no"
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise RecipeError("train.precision", "fp16 trains only on a GPU", "set bf16, fp32 or auto")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     # Without cpu=True accelerate 1.15 forms no group of processes on a machine without a GPU.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
@@ -251,8 +256,8 @@ def _precision(settings: TrainSection, accelerator) -> str:
 def _check_split(settings: TrainSection, num_processes: int) -> None:
     if settings.batch_size % num_processes:
         below = settings.batch_size // num_processes * num_processes
-        raise RecipeError("train.batch_size", f"{settings.batch_size} examples cannot be shared by {num_processes} processes",
-                          f"use {below or num_processes} or {below + num_processes}")
+        raise RecipeError("train.batch_size", f"{settings.batch_size} examples cannot be shared by {num_processes} "
+                          "processes", f"use {below or num_processes} or {below + num_processes}")
 
 
 def _model_with_adapter(recipe: Recipe, run: Run, accelerator):
@@ -295,7 +300,7 @@ def _adapter_tensors(named) -> dict[str, Any]:
     return {name: checkpoint.whole(parameter.detach()) for name, parameter in named}
 
 
-def _save_checkpoint(work: Path, state: dict, named, optimizer, log: "_Log", accelerator) -> Path | None:
+def _save_checkpoint(work: Path, state: dict, named, optimizer, log: _Log, accelerator) -> Path | None:
     adapter = _adapter_tensors(named)
     moments = checkpoint.optimizer_tensors(optimizer.optimizer)
     if not accelerator.is_main_process:
@@ -304,7 +309,7 @@ def _save_checkpoint(work: Path, state: dict, named, optimizer, log: "_Log", acc
                            {**state, "random": checkpoint.random_state(), "metrics_offsets": log.sealed_offsets()})
 
 
-def _go_on_from(work: Path, state: dict, named, optimizer, log: "_Log") -> dict:
+def _go_on_from(work: Path, state: dict, named, optimizer, log: _Log) -> dict:
     found = checkpoint.newest(work / "checkpoints")
     if found is None:
         log.truncate({})
@@ -345,7 +350,8 @@ def _check_adapter(folder: Path) -> None:
         raise ModelError(str(folder), "has values that are not finite", "lower train.learning_rate")
     second_factors = [tensor for name, tensor in saved.items() if "lora_B" in name]
     if second_factors and not any(tensor.any() for tensor in second_factors):
-        raise ModelError(str(folder), "changes nothing: every B is zero", "train for more steps or raise the learning rate")
+        raise ModelError(str(folder), "changes nothing: every B is zero",
+                         "train for more steps or raise the learning rate")
 
 
 def _diverged(step: int, loss: float, grad_norm: float, origins: list[str]) -> None:
@@ -401,7 +407,7 @@ class _StopSignals:
         self.received = False
         self.earlier: dict[int, Any] = {}
 
-    def __enter__(self) -> "_StopSignals":
+    def __enter__(self) -> _StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.earlier[number] = signal.signal(number, self._note)

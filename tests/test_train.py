@@ -124,8 +124,9 @@ def test_stop_saves_a_checkpoint_and_the_run_goes_on_exactly(tiny_model, rows, t
 
 def test_keep_best_hands_on_the_best_adapter(tiny_model, rows, tmp_path):
     # A learning rate this high overshoots, so that the last step is not the best one.
-    run = train(recipe_for(tiny_model, rows, steps=24, learning_rate=0.5, schedule="constant", eval_every=2, keep="best"),
-                tmp_path)
+    recipe_file = recipe_for(
+        tiny_model, rows, steps=24, learning_rate=0.5, schedule="constant", eval_every=2, keep="best")
+    run = train(recipe_file, tmp_path)
     figures = run.seal("train")["figures"]
     held_out = metrics_of(run, "held_out_loss")[1:]
     assert figures["best_step"] == 2 * (held_out.index(min(held_out)) + 1) < 24

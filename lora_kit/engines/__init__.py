@@ -22,7 +22,7 @@ import importlib
 import json
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,24 @@ class Engine(ABC):
             decode_seconds: the ``new_tokens - 1`` further steps of the batch;
             tokens_generated: all of them, the first ones included (batch size x ``new_tokens``).
         """
+
+    @abstractmethod
+    def tokens_after(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+        """The ``max_new_tokens`` greedy tokens after ``prompt``, each as soon as it is known, stop tokens included."""
+
+    def stream(self, prompt: Sequence[int], *, max_new_tokens: int) -> Iterator[str]:
+        """The greedy answer to ``prompt`` in pieces of text as they come, up to a stop token."""
+        tokens: list[int] = []
+        shown = ""
+        for token in self.tokens_after(prompt, max_new_tokens):
+            if token in self.stop_ids:
+                break
+            tokens.append(token)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            # A replacement character at the end: the bytes of a character are not all there yet.
+            if not text.endswith("\ufffd"):
+                yield text[len(shown):]
+                shown = text
 
     def same_tokens(self, texts: Sequence[str]) -> list[str] | None:
         """Those of ``texts`` of which the engine's own tokenizer makes other tokens; None when it has none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,16 @@ class HfEngine(Engine):
             tokens_1T = torch.tensor([list(tokens)], device=self.model.device)
             logits_TV = self.model(input_ids=tokens_1T, use_cache=False).logits[0]
             return torch.log_softmax(logits_TV.float(), dim=-1).cpu().numpy()
+
+    def tokens_after(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+        import torch
+
+        next_11, cache = torch.tensor([list(prompt)], device=self.model.device), None
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():
+                out = self.model(input_ids=next_11, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            next_11, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            yield int(next_11)
 
     def time_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:
         import torch

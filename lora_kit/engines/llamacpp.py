@@ -14,7 +14,7 @@ import ctypes
 import importlib.util
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +106,23 @@ class LlamaCppEngine(Engine):
     ) -> list[Generation]:
         answers = []
         for prompt in prompts:  # one by one: an answer does not depend on what it shares a batch with
-            self._fresh_context(len(prompt) + max_new_tokens, 1)
-            token, tokens, stopped = int(self._prefill([prompt])[0].argmax()), [], False
-            while True:
-                if token in self.stop_ids and not ignore_stop:
-                    stopped = True
+            tokens, stopped = [], False
+            for token in self.tokens_after(prompt, max_new_tokens):
+                stopped = token in self.stop_ids and not ignore_stop
+                if stopped:
                     break
                 tokens.append(token)
-                if len(tokens) == max_new_tokens:
-                    break
-                position = len(prompt) + len(tokens) - 1
-                token = int(self._decode([(token, position, 0, True)])[0].argmax())
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             answers.append(Generation(tokens=tuple(tokens), stopped=stopped, text=text))
         return answers
+
+    def tokens_after(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+        self._fresh_context(len(prompt) + max_new_tokens, 1)
+        token = int(self._prefill([prompt])[0].argmax())
+        yield token
+        for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
+            token = int(self._decode([(token, position, 0, True)])[0].argmax())
+            yield token
 
     def log_probs(self, tokens: Sequence[int]) -> np.ndarray:
         self._fresh_context(len(tokens), 1)

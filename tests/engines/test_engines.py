@@ -70,3 +70,15 @@ def test_configured_stop_ids(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(RefusedError, match="is not JSON"):
         engines.configured_stop_ids(tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["hi", "say it again"])
+def test_streamed_text_is_the_generated_answer(tiny_model, prompt):
+    artifact = Artifact(name="base", path=str(tiny_model), kind="hf", tokenizer=str(tiny_model))
+    with engines.open_engine(artifact) as engine:
+        ids = engine.tokenizer(prompt)["input_ids"]
+        (answer,) = engine.generate([ids], max_new_tokens=12)
+        assert list(engine.tokens_after(ids, 12))[:len(answer.tokens)] == list(answer.tokens)
+        streamed = "".join(engine.stream(ids, max_new_tokens=12))
+        # A character whose bytes are incomplete at the end is not shown.
+        assert answer.text.startswith(streamed) and len(answer.text.rstrip("\ufffd")) <= len(streamed)
