@@ -33,7 +33,7 @@ help:
 	@echo 'make install      $(VENV) with lora-kit and what it stands on; nothing compiles'
 	@echo 'make install-dev  that, with pytest, ruff and llama-cpp-python (compiles: 3 to 4 minutes on two cores)'
 	@echo 'make lint         ruff'
-	@echo 'make docs         write docs/recipe.md and recipes/recipe.schema.json again from lora_kit/recipe.py'
+	@echo 'make docs         write the generated parts of docs/, README.md and recipes/recipe.schema.json again'
 	@echo 'make clean        remove build outputs and caches; runs/ and $(VENV) stay'
 	@echo
 	@echo 'PYTHON=python3.12          the interpreter to build $(VENV) with (3.11 or newer)'
@@ -95,7 +95,7 @@ lint: install-dev
 	$(VENV)/bin/ruff check .
 
 docs: install
-	$(VENV)/bin/python -m lora_kit.reference --write
+	$(VENV)/bin/python docs/build.py --write
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

@@ -100,6 +100,13 @@ def encode(tokenizer, conversation: Conversation, *, tools_mode: str = "template
     return Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=mask, origin=conversation.origin)
 
 
+def count_tokens(tokenizer, conversation: Conversation, *, tools_mode: str = "template") -> int:
+    """How many tokens :func:`encode` makes of a conversation, without finding its mask, which takes longer."""
+    messages, tools = rendered_form(conversation, tools_mode)
+    text = render(tokenizer, messages, tools, add_generation_prompt=False, origin=conversation.origin)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def prompt_ids(tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *,
                tools_mode: str = "template") -> list[int]:
     """Token ids of ``messages`` followed by the template's generation prompt."""

@@ -6,6 +6,7 @@ Heavy imports stand inside the verbs, so that ``--help`` and recipe errors are i
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,17 +21,21 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
 RunArgument = Annotated[
-    Path | None, typer.Argument(metavar="[RUN]", help="A run folder. Default: the newest.", show_default=False)
+    Path | None, typer.Argument(metavar="RUN", help="A run folder. Default: the newest.", show_default=False)
 ]
 TargetArgument = Annotated[
-    str | None, typer.Argument(metavar="[RUN|ARTIFACT]", show_default=False,
-                               help="A run, RUN/ARTIFACT, a model or adapter folder, or a .gguf file. Default: the newest run.")
+    str | None, typer.Argument(
+        metavar="RUN|ARTIFACT", show_default=False,
+        help="A run, RUN/ARTIFACT, a model or adapter folder, or a .gguf file. Default: the newest run.")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.steps=10. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.steps=10. Repeatable."),
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
-NoDepsOption = Annotated[bool, typer.Option("--no-deps", help="An owed earlier stage is an error instead of being run.")]
+NoDepsOption = Annotated[
+    bool, typer.Option("--no-deps", help="An owed earlier stage is an error instead of being run.")
+]
 AgainOption = Annotated[bool, typer.Option("--again", help="Do the stage again even when it is done.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run even when one can go on.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
@@ -49,8 +54,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def init(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe; see the list without it.", show_default=False)] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="File to write. Default: RECIPE.yaml here.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="Name of a shipped recipe. Without it: the list.", show_default=False),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="File to write, or a folder for it. Default: here.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: keep the recipe's own values.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -76,13 +84,13 @@ def init(
 @app.command()
 def plan(recipe: RecipeArgument, set_: SetOption = None, debug: DebugOption = False) -> None:
     """Check a recipe and show what it will do: rows, tokens, steps."""
-    from lora_kit import model, prepared
+    from lora_kit import pipeline, prepared
     from lora_kit.events import Note, tell
     from lora_kit.plan import make_plan
     from lora_kit.recipe_file import read_recipe
 
     recipe_file = read_recipe(recipe, set_ or ())
-    base = model.find_base(recipe_file.recipe.model, recipe_file.folder)
+    base = pipeline.check(recipe_file)
     found = prepared.find(recipe_file.recipe, recipe_file.folder, base)
     if not found.exists:
         from lora_kit import data
@@ -97,12 +105,18 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, debug: DebugOption = Fa
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run to go on with.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run to go on with.", show_default=False)
+    ],
     set_: SetOption = None, runs: RunsOption = _RUNS, fresh: FreshOption = False, debug: DebugOption = False,
 ) -> None:
     """Train the adapter of a recipe, or go on with an unfinished run."""
     from lora_kit import pipeline, rundir
+    from lora_kit.errors import RecipeError
 
+    if rundir.is_run(recipe) and (set_ or fresh):
+        raise RecipeError(f"lora-kit train {recipe}", "goes on with a run, whose recipe does not change",
+                          "leave out --set and --fresh, or name the recipe")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         run = pipeline.train_on_ranks(_recipe_file_of(recipe, set_), runs_dir=runs, fresh=fresh)
     elif rundir.is_run(recipe):
@@ -170,7 +184,8 @@ _stage_verb("quantize", "Quantize the merged model of a run and measure what it 
 @app.command()
 def bench(
     target: TargetArgument = None, runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads, for an ARTIFACT.")] = None, debug: DebugOption = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads, for an ARTIFACT.")] = None,
+    debug: DebugOption = False,
 ) -> None:
     """Measure inference speed: of a run's artifacts, or of one artifact."""
     from lora_kit import pipeline, rundir
@@ -179,10 +194,13 @@ def bench(
         _do_stage("bench", Path(target) if target else None, runs, no_deps, again)
         return
     from lora_kit import bench as bench_module
+    from lora_kit.errors import MachineError
     from lora_kit.recipe import BenchSection
 
     artifact, _ = pipeline.artifact_at(target, runs)
     point = bench_module.bench_artifact(artifact, BenchSection(threads=threads))
+    if point.why_not:
+        raise MachineError(f"bench {target}", "nothing was measured", point.why_not)
     _terminal.table("", bench_module.COLUMNS, [bench_module.row_of(point)])
 
 
@@ -263,8 +281,8 @@ def _show_ledger(ledger: dict[str, Any]) -> None:
             for name in next(iter(splits.values())) if any(counts[name] for counts in splits.values())]
     _terminal.table("ledger", ("", *(name.replace("_", " ") for name in splits)), rows)
     if ledger["reasons"]:
-        reasons = [(item["split"].replace("_", " "), item["reason"], count_text(item["rows"]), ", ".join(item["examples"][:1]))
-                   for item in ledger["reasons"]]
+        reasons = [(item["split"].replace("_", " "), item["reason"], count_text(item["rows"]),
+                    ", ".join(item["examples"][:1])) for item in ledger["reasons"]]
         _terminal.table("\nreasons", ("", "reason", "rows", "first"), reasons)
 
 
@@ -303,10 +321,16 @@ def main() -> None:
     # The hub's libraries report home and fetch kernels unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # An output that cannot hold an arrow or a dash shows a question mark instead of ending the run.
+    sys.stdout.reconfigure(errors="replace")
     listener = _terminal if int(os.environ.get("RANK", "0")) == 0 else (lambda event: None)
+    # Told to end outside of training's loop (which saves a checkpoint): as by Ctrl-C, with no process left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with events.listening(listener):
             code = app(standalone_mode=False)
+        if code == 130:  # typer makes this of a KeyboardInterrupt
+            raise KeyboardInterrupt
         code = code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         _terminal.close()
@@ -315,7 +339,10 @@ def main() -> None:
     except BaseException as error:  # noqa: BLE001 - the one place where everything ends
         _terminal.close()
         code = _report(error, debug)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        code = _report(error, debug)
     raise SystemExit(code)
 
 
@@ -325,6 +352,11 @@ def _report(error: BaseException, debug: bool) -> int:
 
     from lora_kit.errors import LoraKitError
 
+    if BrokenPipeError in (type(error), type(error.__context__)):
+        # Nobody reads on (`| head`), of which typer and rich make a SystemExit(1). What is still in the buffer
+        # goes nowhere, so that Python says nothing at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 130
     if isinstance(error, (SystemExit, typer.Exit)):
         code = getattr(error, "exit_code", getattr(error, "code", 0))
         return code if isinstance(code, int) else 1
@@ -351,7 +383,8 @@ def _report(error: BaseException, debug: bool) -> int:
         typer.echo(f"{error.filename or 'lora-kit'}: {error.strerror or error}; check space and permissions", err=True)
         return 6
     text = " ".join(str(error).split())[:300]
-    typer.echo(f"lora-kit: {type(error).__name__}: {text}; a bug of ours: run again with --debug and report it", err=True)
+    typer.echo(f"lora-kit: {type(error).__name__}: {text}; a bug of ours: run again with --debug and report it",
+               err=True)
     return 70
 
 

@@ -263,13 +263,14 @@ class _Preparation:
 
         def encode(row: str, whole: str) -> dict[str, Any]:
             try:
-                example, longer = [chat.encode(tokenizer, from_json(line), tools_mode=tools_mode) if line else None
-                                   for line in (row, whole)]
+                example = chat.encode(tokenizer, from_json(row), tools_mode=tools_mode)
+                length = chat.count_tokens(tokenizer, from_json(whole), tools_mode=tools_mode) if whole else 0
             except DataError as error:
-                return {"tokens": [], "mask": [], "tokens_after": 0, "refused": error.what, "todo": error.todo}
-            after = len(longer.tokens_T) - len(example.tokens_T) if longer else 0
-            return {"tokens": example.tokens_T, "mask": example.loss_mask_T, "tokens_after": after,
-                    "refused": "", "todo": ""}
+                nothing = numpy.zeros(0, numpy.int32)
+                return {"tokens": nothing, "mask": nothing.astype(numpy.uint8), "tokens_after": 0,
+                        "refused": error.what, "todo": error.todo}
+            return {"tokens": example.tokens_T, "mask": example.loss_mask_T, "refused": "", "todo": "",
+                    "tokens_after": length - len(example.tokens_T) if whole else 0}
 
         def encode_all(batch: dict[str, list[str]]) -> dict[str, list]:
             encoded = [encode(row, whole) for row, whole in zip(batch["row"], batch["whole"], strict=True)]

@@ -127,7 +127,7 @@ def convert_gguf(gguf_file: str, out_dir: str) -> None:
     """Write the model in ``gguf_file`` to ``out_dir`` as a plain bf16 checkpoint with its tokenizer.
 
     transformers refuses to save a model that it read from GGUF, so the weights move into a fresh model of the
-    same configuration (bit-exact; FACTS measured in transformers 5.23). What GGUF says of the tokenizer and
+    same configuration (bit-exact, measured with transformers 5.23). What GGUF says of the tokenizer and
     transformers does not keep goes into ``gguf_tokenizer.json``, for exporting to GGUF again.
     """
     _quiet()
@@ -328,7 +328,8 @@ def _check_targets(model, section: LoraSection) -> None:
         if not matched:
             last = sorted({name.rsplit(".", 1)[-1] for name, module in supported.items()
                            if "Embedding" not in type(module).__name__})
-            raise RecipeError("lora.targets", f"'{target}' matches no linear layer", f"there are: {', '.join(last)}")
+            raise RecipeError("lora.targets", f"'{target}' matches no module that can be adapted",
+                              f"there are: {', '.join(last)}")
         if any(module is end for module in matched for end in tied):
             # Measured: peft merges an adapter on a tied head wrongly, off by 10 and more.
             raise RecipeError("lora.targets", f"'{target}' is tied to the other end of this model and cannot be merged",

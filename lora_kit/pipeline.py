@@ -19,15 +19,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_kit import hardware, prepared, rundir, suite
-from lora_kit.errors import BY_EXIT_CODE, GateFailed, GateInconclusive, LoraKitError, RecipeError
+from lora_kit import hardware, prepared, quantizers, rundir, sources, suite
+from lora_kit.errors import BY_EXIT_CODE, GateFailed, GateInconclusive, LoraKitError, ModelError, RecipeError
 from lora_kit.events import Note, StageFinished, StageSkipped, StageStarted, tell
 from lora_kit.recipe import IDENTITY
 from lora_kit.recipe_file import RecipeFile
 from lora_kit.rundir import Run
 from lora_kit.types import Artifact, Result, Verdict
 
-VERSIONS = ("lora-kit", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "evaluate", "tokenizers")
+VERSIONS = ("lora-kit", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "evaluate",
+            "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +68,13 @@ def open_for(recipe_file: RecipeFile, runs_dir: Path, *, fresh: bool = False) ->
     Args:
         fresh: always a new one.
     """
-    from lora_kit.model import find_base
-
-    suite.suite_of(recipe_file.recipe, recipe_file.folder)  # its mistakes are told now, not after training
-    base = find_base(recipe_file.recipe.model, recipe_file.folder)
+    base = check(recipe_file)
     resolved = _resolved(recipe_file, base)
     identity = resolved["identity"]
     for path in [] if fresh else reversed(rundir.runs_in(runs_dir, recipe_file.recipe.name)):
-        run = rundir.open_run(path)
-        if run.resolved["identity"] != identity:
+        if not _may_be_of(path, identity):
             continue
+        run = rundir.open_run(path)
         if run.recipe == recipe_file.recipe and run.resolved["base"] == base:
             return run
         with run.locked():
@@ -84,10 +82,37 @@ def open_for(recipe_file: RecipeFile, runs_dir: Path, *, fresh: bool = False) ->
     return rundir.create(runs_dir, recipe_file, resolved)
 
 
+def check(recipe_file: RecipeFile) -> dict[str, Any]:
+    """Find the mistakes of later sections now, not after training; returns the base as ``find_base`` does.
+
+    Raises:
+        RecipeError: the suite or a quantized form is not one that lora-kit knows.
+        ModelError: the base is missing, or cannot take one of the forms.
+    """
+    from lora_kit.model import find_base, read_config
+
+    suite.suite_of(recipe_file.recipe, recipe_file.folder)
+    base = find_base(recipe_file.recipe.model, recipe_file.folder)
+    config = read_config(Path(base["artifact"]["path"]))
+    for form in recipe_file.recipe.quantize:
+        quantizers.load(form.method).check(config, form.type)
+    return base
+
+
+def _may_be_of(path: Path, identity: str) -> bool:
+    """Whether the run in ``path`` has this identity, or does not say. The recipe of another is not even read."""
+    try:
+        return json.loads((path / "lock.json").read_text(encoding="utf-8"))["identity"] == identity
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
 def _resolved(recipe_file: RecipeFile, base: dict[str, Any]) -> dict[str, Any]:
     """What goes into lock.json."""
     found = prepared.find(recipe_file.recipe, recipe_file.folder, base)
     parts = [recipe_file.recipe.fingerprint(*IDENTITY), base["content"], base["sha256"], base["revision"], found.key]
+    if recipe_file.recipe.train.from_adapter:
+        parts.append(_from_adapter_sha256(recipe_file))
     identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return {
         "identity": identity, "base": base, "data_key": found.key, "seed": recipe_file.recipe.seed,
@@ -98,6 +123,16 @@ def _resolved(recipe_file: RecipeFile, base: dict[str, Any]) -> dict[str, Any]:
         "resolved_recipe": recipe_file.recipe.model_dump(mode="json"),
         "opened": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _from_adapter_sha256(recipe_file: RecipeFile) -> str:
+    folder = recipe_file.folder / Path(recipe_file.recipe.train.from_adapter).expanduser()
+    weights = folder / "adapter_model.safetensors"
+    if not (folder / "adapter_config.json").exists():
+        what = "is not a PEFT adapter (no adapter_config.json)" if folder.is_dir() else f"no such folder ({folder})"
+        raise ModelError(f"train.from_adapter: {recipe_file.recipe.train.from_adapter}", what,
+                         "name an adapter folder; a path is relative to the recipe")
+    return sources.file_sha256(weights) if weights.exists() else ""  # train says what it misses
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
@@ -173,7 +208,8 @@ def _needed_for(until: str) -> set[str]:
 
 def _fingerprint(stage: Stage, run: Run) -> str:
     inputs = {name: (run.seal(name) or {}).get("content") for name in stage.takes_from}
-    parts = {"sections": run.recipe.section_json(*stage.sections), "inputs": inputs, "versions": versions(stage.packages)}
+    parts = {"sections": run.recipe.section_json(*stage.sections), "inputs": inputs,
+             "versions": versions(stage.packages)}
     if stage.name == "data":
         parts["key"] = run.resolved["data_key"]
     if stage.name in ("bench", "report"):
@@ -192,8 +228,13 @@ def _why_owed(stage: Stage, run: Run) -> str | None:
         return "an earlier stage is owed"
     if seal["fingerprint"] != _fingerprint(stage, run):
         return "its settings, inputs or versions changed"
-    missing = [name for name in seal["files"] if not (run.stage_dir(stage.name) / name).exists()]
-    return f"{missing[0]} is gone" if missing else None
+    for name, size in seal["files"].items():
+        path = run.stage_dir(stage.name) / name
+        if not path.exists():
+            return f"{name} is gone"
+        if path.stat().st_size != size:
+            return f"{name} is not as long as it was"
+    return None
 
 
 def _execute(stage: Stage, run: Run, reason: str) -> None:
@@ -232,31 +273,57 @@ def _raise_for(verdicts: list[Verdict]) -> None:
 
 
 def artifact_at(target: str, runs_dir: Path) -> tuple[Artifact, Run | None]:
-    """The artifact that a user names: a run (its merged model), ``run/artifact``, a folder or a .gguf file."""
+    """The artifact that a user names: a run (its merged model), ``run/artifact``, a folder or a .gguf file.
+
+    What lies inside a run is that run's artifact, wherever in it the user points.
+
+    Raises:
+        RecipeError: it is nothing that a model can be loaded from.
+        ModelError: a .gguf file without a tokenizer, or an adapter without its base.
+    """
     path = Path(target)
     if rundir.is_run(path):
         run = rundir.open_run(path)
         found = run.artifacts()
         return found.get("merged") or found.get("adapter") or found["base"], run
-    if rundir.is_run(path.parent) and not path.exists():
-        run = rundir.open_run(path.parent)
-        return run.artifact(path.name), run
+    for folder in path.absolute().parents:
+        if rundir.is_run(folder):
+            run = rundir.open_run(folder)
+            inside = [artifact for artifact in run.artifacts().values()
+                      if path.resolve() in (Path(artifact.path).resolve(), *Path(artifact.path).resolve().parents)]
+            return (inside[0] if path.exists() and len(inside) == 1 else run.artifact(path.name)), run
     if path.suffix == ".gguf" and path.is_file():
-        return Artifact(name=path.stem, path=str(path.resolve()), kind="gguf", tokenizer=None,
+        if not (path.parent / "tokenizer_config.json").exists():
+            raise ModelError(target, "lies in no run, and no tokenizer lies beside it",
+                             "put tokenizer.json and tokenizer_config.json of its model into its folder")
+        return Artifact(name=path.stem, path=str(path.resolve()), kind="gguf", tokenizer=str(path.resolve().parent),
                         size_bytes=path.stat().st_size), None
     if (path / "adapter_config.json").exists():
-        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        run = rundir.open_run(path.parent.parent) if rundir.is_run(path.parent.parent) else None
-        base_path = run.resolved["base"]["artifact"]["path"] if run else base
-        return Artifact(name="adapter", path=str(path.resolve()), kind="adapter", base=base_path,
-                        tokenizer=base_path), run
+        return _adapter_at(path), None
     if (path / "config.json").exists():
         from lora_kit.model import weight_bytes
 
-        return Artifact(name=path.name, path=str(path.resolve()), kind="hf", tokenizer=str(path.resolve()),
+        return Artifact(name=path.resolve().name, path=str(path.resolve()), kind="hf", tokenizer=str(path.resolve()),
                         size_bytes=weight_bytes(path)), None
     raise RecipeError(target, "is neither a run nor a model, adapter or .gguf file",
                       f"name one, or leave it out for the newest run under {runs_dir}")
+
+
+def _adapter_at(path: Path) -> Artifact:
+    """An adapter outside of a run, on the base that it names."""
+    from lora_kit.model import find_base, weight_bytes
+    from lora_kit.recipe import ModelSection
+
+    try:
+        reference = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        reference = None
+    if not reference:
+        raise ModelError(str(path), "does not say which base it is for",
+                         "write base_model_name_or_path into its adapter_config.json")
+    base = find_base(ModelSection(base=reference), path)["artifact"]
+    return Artifact(name="adapter", path=str(path.resolve()), kind="adapter", base=base["path"],
+                    tokenizer=base["tokenizer"], size_bytes=weight_bytes(path))
 
 
 def train_on_ranks(recipe_file: RecipeFile, *, runs_dir: Path, fresh: bool = False) -> Run:

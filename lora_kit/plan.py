@@ -17,7 +17,7 @@ from lora_kit.errors import ModelError, RecipeError
 from lora_kit.prepared import Prepared
 from lora_kit.recipe import Recipe
 from lora_kit.schedule import count_steps, save_interval
-from lora_kit.units import bytes_text, count_text
+from lora_kit.units import bytes_text, count_text, number_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Plan:
         return [
             ("base", f"{count_text(self.num_params)} parameters, {bytes_text(self.base_bytes)} on disk"),
             ("adapter", trainable),
-            ("training", f"{count_text(self.num_steps)} steps, {self.num_epochs:.3g} epochs, "
+            ("training", f"{count_text(self.num_steps)} steps, {number_text(self.num_epochs, 3)} epochs, "
                          f"{count_text(self.examples_seen)} examples"),
             ("tokens", f"{count_text(self.tokens_seen)} read, {count_text(self.tokens_trained)} of them trained"),
             ("checkpoints", f"every {self.save_every} steps"),

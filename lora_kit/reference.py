@@ -1,21 +1,28 @@
-"""The recipe's reference, generated from the fields of ``lora_kit/recipe.py``.
+"""The reference, generated from the code, so that it cannot say anything else than the code.
 
-A setting is documented once, under its field. From there come ``docs/recipe.md`` for
-people and ``recipes/recipe.schema.json`` for editors, so that neither can say anything
-else than the code. ``python -m lora_kit.reference --write`` writes both, ``--check``
-ends with 1 when one of them is out of date.
+A setting is documented once, under its field in ``lora_kit/recipe.py``: from there come
+``docs/recipe.md`` for people and ``recipes/recipe.schema.json`` for editors. A format, metric,
+quantizer or engine is documented once, at the top of its file: from there comes
+``docs/extensions.md``. ``python -m lora_kit.reference --write`` writes these files, ``--check``
+ends with 1 when one of them is out of date. ``docs/build.py`` does so for the whole
+documentation, the command line's pages included.
 
-Torch-free. Reads nothing; writes the two files in a checkout.
+Torch-free. Reads the files of this package; writes the generated files in a checkout.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from lora_kit import engines, errors, formats, metrics, quantizers
 from lora_kit.recipe import json_schema
 
 _ROOT = Path(__file__).parent.parent
@@ -34,12 +41,25 @@ and checks the keys while you write; the schema lies beside the shipped recipes,
 yours.
 """
 
+_EXTENSIONS = """\
+# Formats, metrics, quantizers, engines
+
+<!-- Generated from the files in lora_kit/ by `make docs`. Change their docstrings, not this page. -->
+
+Each is one file, found by its name, which is also what a recipe or a task writes.
+[CONTRIBUTING](../CONTRIBUTING.md#add-a-format-a-metric-a-quantizer-an-engine) says how to add one.
+"""
+# What a docstring says to a reader of the code and not to a user.
+_FOR_DEVELOPERS = re.compile(
+    r"\s*\b(Standard library only|Torch-free|Shape suffix|Reads and writes nothing).*", re.DOTALL)
+
 
 def files() -> dict[str, str]:
     """The generated files: path from the checkout's root -> text."""
     schema = json_schema()
     return {
         "docs/recipe.md": markdown(schema),
+        "docs/extensions.md": extensions(),
         "recipes/recipe.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
     }
 
@@ -140,6 +160,59 @@ def _default(field: Mapping[str, Any]) -> str:
     return f"`{json.dumps(default)}`" if not isinstance(default, str) else f"`{default}`"
 
 
+def extensions() -> str:
+    """``docs/extensions.md``: the files of formats, metrics, quantizers and engines, each by its docstring."""
+    rows = [f"- [`{name}`](sources-and-formats.md#{name}): {about(module).splitlines()[0]}"
+            for name, module in _modules(formats)]
+    parts = [_EXTENSIONS, "## Formats\n\nWhat a row of a data file looks like: `data.train[].format` of a "
+             "[recipe](recipe.md#datatrain).\n", "\n".join(rows) + "\n"]
+    parts += ["## Metrics\n\nHow one answer is scored against its target: `metrics:` of a [task](eval.md).\n",
+              _list_of(metrics)]
+    parts += ["## Quantizers\n\nWhat `quantize[].method` and `quantize[].type` of a "
+              "[recipe](recipe.md#quantize) may be.\n"]
+    for name, module in _modules(quantizers):
+        types = "\n".join(f"- `type: {key}`: {text}" for key, text in module.TYPES.items())
+        parts.append(f"### `{name}`\n\n{about(module)}\n\n{types}\n")
+    kinds = "; ".join(f"`{kind}` by {' or '.join(f'`{name}`' for name in names)}"
+                      for kind, names in engines.ENGINE_OF_KIND.items())
+    parts += [f"## Engines\n\nWhat runs an artifact. Which one follows from the artifact's kind: {kinds}.\n"]
+    parts += [f"### `{name}`\n\n{about(module)}\n" for name, module in _modules(engines)]
+    return "\n".join(parts)
+
+
+def format_rows() -> str:
+    """Every format as Markdown: what it is, and the example row that the tests hold it to."""
+    return "\n".join(
+        f"### `{name}`\n\n{about(module)}\n\n```json\n{json.dumps(module.EXAMPLE, indent=1, ensure_ascii=False)}\n```\n"
+        for name, module in _modules(formats))
+
+
+def exit_codes() -> list[tuple[int, str, str]]:
+    """(code, class, meaning) of every way to end, as the docstring of ``errors.py`` has them, sorted."""
+    found = [(int(code), name, meaning) for name, code, meaning
+             in re.findall(r"[├└]── (\w+) +(\d+) +(.+)", errors.__doc__ or "")]
+    return sorted([(0, "", "fine"), *found, (130, "", "interrupted")])
+
+
+def exit_code_table() -> str:
+    """:func:`exit_codes` as a Markdown table."""
+    return "\n".join(["| code | meaning |", "|--:|---|", *(f"| {code} | {text} |" for code, _, text in exit_codes())])
+
+
+def about(module: ModuleType) -> str:
+    """The docstring of ``module`` as Markdown, without what is meant for readers of its code."""
+    text = _FOR_DEVELOPERS.sub("", ast.get_docstring(ast.parse(Path(module.__file__).read_text("utf-8"))) or "")
+    return re.sub(r":\w+:`", "`", text.replace("``", "`")).strip()
+
+
+def _list_of(package: ModuleType) -> str:
+    return "\n".join(f"### `{name}`\n\n{about(module)}\n" for name, module in _modules(package))
+
+
+def _modules(package: ModuleType) -> list[tuple[str, ModuleType]]:
+    return [(name, importlib.import_module(f"{package.__name__}.{name}")) for name in package.names()]
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
@@ -151,7 +224,7 @@ def main(arguments: list[str]) -> None:
     elif arguments == ["--check"]:
         found = stale()
         if found:
-            sys.exit(f"{', '.join(str(path) for path in found)}: not what lora_kit/recipe.py says; run make docs")
+            sys.exit(f"{', '.join(str(path) for path in found)}: not what the code says; run make docs")
     else:
         sys.exit("python -m lora_kit.reference --write | --check")
 

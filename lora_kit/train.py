@@ -157,6 +157,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
     _check_adapter(work / "adapter")
     adapter = Artifact(
         name="adapter", path="train/adapter", kind="adapter", base=run.resolved["base"]["artifact"]["path"],
+        tokenizer=run.resolved["base"]["artifact"]["tokenizer"],  # with the recipe's template, when it names one
         adapter_sha256=file_sha256(work / "adapter" / "adapter_model.safetensors"), num_params=num_trainable,
         size_bytes=model.weight_bytes(work / "adapter"),
     )
@@ -337,7 +338,9 @@ def _write_adapter(net, folder: Path, recipe: Recipe, accelerator) -> None:
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        model.save_adapter(net, folder, recipe.model.base, get_peft_model_state_dict(net, state_dict=full))
+        # Left to itself peft asks the hub whether the base's vocabulary has changed.
+        ours = get_peft_model_state_dict(net, state_dict=full, save_embedding_layers=False)
+        model.save_adapter(net, folder, recipe.model.base, ours)
         (folder / "README.md").unlink(missing_ok=True)
 
 

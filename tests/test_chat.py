@@ -128,6 +128,14 @@ def test_the_tokens_are_those_of_the_rendered_text(chatml):
     assert example.origin == "rows.jsonl:7"
 
 
+def test_tokens_are_counted_as_they_are_encoded(chatml, tokenizer_with):
+    for conversation in (talk("Hi", "Hello"), talk("Hi", "Hello", "And?", "Fine", system="Be kind.")):
+        assert chat.count_tokens(chatml, conversation) == len(encode(chatml, conversation).tokens_T)
+    for mode in ("template", "system"):
+        encoded = encode(tokenizer_with(TOOLS), tool_talk(), tools_mode=mode)
+        assert chat.count_tokens(tokenizer_with(TOOLS), tool_talk(), tools_mode=mode) == len(encoded.tokens_T)
+
+
 @pytest.mark.parametrize("answer", [
     "k", "think", "im", "end", "n", "\n", "  spaces  ", "user", "<", "Hi",
     "<|im_end|>", "say <|im_end|> twice<|im_end|>",
