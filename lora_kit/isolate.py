@@ -8,6 +8,7 @@ Reads and writes only a temporary folder.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -24,6 +25,9 @@ from typing import Any
 
 from lora_kit import errors
 from lora_kit.errors import InternalError, LoraKitError, MachineError
+
+
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,9 @@ def _answer_request() -> None:
         reply = {"error": {"exit_code": 70, "where": request["function"],
                            "what": f"{type(error).__name__}: {error}", "todo": "run again with --debug and report it",
                            "traceback": traceback.format_exc()}}
+        if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            reply["error"].update(exit_code=6, where=str(error.filename or request["function"]),
+                                  what=f"cannot be written ({error.strerror})", todo="free space or check permissions")
     answer = Path(request["answer"])
     answer.with_suffix(".part").write_text(json.dumps(reply))
     os.replace(answer.with_suffix(".part"), answer)  # killed meanwhile, it leaves no half an answer

@@ -7,6 +7,7 @@ itself. Reads and writes model folders.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -33,12 +34,20 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 def save_weights(model, source: Path, target: Path) -> None:
-    """Save ``model`` into ``target``, with the generation_config.json of the folder it came from, ``source``."""
+    """Save ``model`` into ``target``, with the generation_config.json of the folder it came from, ``source``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from transformers import GenerationConfig
 
     # transformers refuses to save some that it loaded (a temperature without do_sample, as published models have).
     model.generation_config = GenerationConfig()
-    model.save_pretrained(str(target))
+    try:
+        model.save_pretrained(str(target))
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(errno.EIO, str(error), str(target)) from None
     if (source / "generation_config.json").exists():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     else:

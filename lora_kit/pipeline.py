@@ -241,15 +241,15 @@ def _execute(stage: Stage, run: Run, reason: str) -> None:
     tell(StageStarted(stage=stage.name, why=reason))
     started = time.perf_counter()
     module = importlib.import_module(stage.module)
+    _set_aside_if_stale(stage, run)
     with run.publishing(stage.name) as work:
-        (work / "stage.json").unlink(missing_ok=True)
         result: Result = module.stage(run.recipe, run)
         seconds = time.perf_counter() - started
         files = {str(path.relative_to(work)): path.stat().st_size for path in sorted(work.rglob("*"))
                  if path.is_file() and "checkpoints" not in path.relative_to(work).parts}
         run.publish(stage.name, {
             "stage": stage.name, "fingerprint": _fingerprint(stage, run), "seconds": seconds,
-            "content": _content(result), "files": files,
+            "content": _content(stage, result, work), "files": files,
             "artifacts": [artifact.as_dict() for artifact in result.artifacts],
             "verdicts": [verdict.as_dict() for verdict in result.verdicts],
             "summary": result.summary, "figures": result.figures, "versions": versions(stage.packages),
@@ -257,10 +257,26 @@ def _execute(stage: Stage, run: Run, reason: str) -> None:
     tell(StageFinished(stage=stage.name, seconds=seconds, summary=result.summary))
 
 
-def _content(result: Result) -> str:
-    """What later stages depend on: artifacts when there are any, else everything the stage found."""
-    parts: Any = [[artifact.path, artifact.adapter_sha256, artifact.size_bytes] for artifact in result.artifacts]
-    parts = {"artifacts": parts, "figures": result.figures, "verdicts": [v.as_dict() for v in result.verdicts]}
+def _set_aside_if_stale(stage: Stage, run: Run) -> None:
+    """A finished stage that works in place would take its own end for a start, under versions that it does not know."""
+    seal = run.seal(stage.name)
+    if stage.name in rundir.IN_PLACE and seal is not None and seal["fingerprint"] != _fingerprint(stage, run):
+        run.set_aside(stage.name)
+
+
+def _content(stage: Stage, result: Result, work: Path) -> str:
+    """What later stages depend on: the files of the artifacts when there are any, else everything the stage found.
+
+    Seconds and memory are no part of an artifact: making it again, the same, leaves what comes after it done.
+    """
+    parts: dict[str, Any] = {"outcomes": [[verdict.claim, verdict.outcome] for verdict in result.verdicts]}
+    for artifact in result.artifacts:
+        path = work / Path(artifact.path).relative_to(stage.name)
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                parts[f"{artifact.name}/{file.relative_to(path)}"] = sources.file_sha256(file)
+    if not result.artifacts:
+        parts["figures"] = result.figures
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -344,6 +360,7 @@ def train_on_ranks(recipe_file: RecipeFile, *, runs_dir: Path, fresh: bool = Fal
             run = open_for(recipe_file, runs_dir, fresh=fresh)
             tell(Note(text=f"run {run.path}"))
             continue_run(run, until="data")
+            _set_aside_if_stale(_stage("train"), run)
             told = [str(run.path), None]
         except LoraKitError as error:
             told = [None, (error.exit_code, error.where, error.what, error.todo)]

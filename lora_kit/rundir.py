@@ -68,16 +68,27 @@ class Run:
             if stage not in IN_PLACE and work.exists():
                 shutil.rmtree(work)
             work.mkdir(parents=True, exist_ok=True)
+            (work / "stage.json").unlink(missing_ok=True)
         yield work
+
+    def set_aside(self, stage: str) -> None:
+        """Move what a stage published out of its way, so that it starts anew; it goes when the stage is published."""
+        with writing(self.stage_dir(stage)):
+            shutil.rmtree(self._old(stage), ignore_errors=True)
+            os.replace(self.stage_dir(stage), self._old(stage))
+
+    def _old(self, stage: str) -> Path:
+        return self.path / f".{stage}.old"
 
     def publish(self, stage: str, seal: dict[str, Any]) -> None:
         """Seal the stage's working folder and put it in place of an earlier one."""
         work, final = self.work(stage), self.stage_dir(stage)
         with writing(work):
             write_json(work / "stage.json", seal)
+            old = self._old(stage)
             if work == final:
+                shutil.rmtree(old, ignore_errors=True)
                 return
-            old = self.path / f".{stage}.old"
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 os.replace(final, old)

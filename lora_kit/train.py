@@ -145,6 +145,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
             if stop.requested(accelerator) and not finished:
                 raise StoppedError(
                     str(run.path), f"stopped after step {state['step']} of {num_steps}, checkpoint saved",
+                    "run the same command again" if accelerator.num_processes > 1 else
                     f"go on with: lora-kit train {run.path}")
 
     _write_adapter(net, work / "adapter", recipe, accelerator)
@@ -222,6 +223,7 @@ def count_parameters(net) -> tuple[int, int]:
 def _accelerator(settings: TrainSection):
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}.get(settings.precision)
     if precision is None:
@@ -229,6 +231,8 @@ def _accelerator(settings: TrainSection):
     if precision == "fp16" and not torch.accelerator.is_available():
         raise RecipeError("train.precision", "fp16 trains only on a GPU", "set bf16, fp32 or auto")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
+    # accelerate keeps the precision of the first training of a process for all later ones; ours have their own.
+    AcceleratorState._reset_state()
     # Without cpu=True accelerate 1.15 forms no group of processes on a machine without a GPU.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     if accelerator.num_processes != expected:

@@ -424,3 +424,21 @@ print(list(ids[:count]), max(range(259), key=lambda token: logits[token]), sep="
     said, chosen = done.stdout.splitlines()
     assert json.loads(said) == tokens  # the tokenizer inside the file is the model's
     assert int(chosen) == int(trained[-1].argmax())
+
+
+def test_the_same_merge_again_leaves_what_comes_after_it_done(world):
+    run = rundir.open_run(world.run)
+    assert started(lambda: pipeline.continue_run(run, until="merge", redo=True)) == ["merge"]
+    assert pipeline.owed(rundir.open_run(world.run)) == []
+
+
+def test_training_under_other_versions_starts_anew(world):
+    seal_path = world.run / "train" / "stage.json"
+    seal = json.loads(seal_path.read_text())
+    seal_path.write_text(json.dumps({**seal, "fingerprint": "of another torch"}))
+    heard = []
+    with events.listening(heard.append):
+        pipeline.continue_run(rundir.open_run(world.run), until="train")
+    assert not any("going on from" in getattr(event, "text", "") for event in heard)
+    assert sum(isinstance(event, events.Progress) for event in heard) == seal["figures"]["steps"]
+    assert not (world.run / ".train.old").exists()

@@ -27,13 +27,14 @@ from lora_kit.types import Artifact, Generation
 
 BATCH_TOKENS = 512
 """Tokens handed to llama.cpp at once."""
+_INSTALL = 'pip install "lora-kit[llamacpp]"'
 MAX_SEQUENCES = 64
 """Prompts that one context can hold (llama.cpp allows 256)."""
 
 
 def missing() -> str | None:
     """None when llama-cpp-python is installed, else the command that installs it."""
-    return None if importlib.util.find_spec("llama_cpp") else 'pip install "lora-kit[llamacpp]"'
+    return None if importlib.util.find_spec("llama_cpp") else _INSTALL
 
 
 def load(
@@ -74,9 +75,13 @@ class LlamaCppEngine(Engine):
     device = "cpu"
 
     def __init__(self, path: str, tokenizer: Any, *, stop_ids: Iterable[int], threads: int | None = None) -> None:
-        import llama_cpp
-
         from lora_kit.hardware import usable_cores
+
+        try:
+            import llama_cpp
+        except (ImportError, OSError, RuntimeError) as error:  # installed, and its library does not load here
+            raise MachineError("engine llamacpp", f"llama-cpp-python cannot be imported ({error})",
+                               f"install it again: {_INSTALL} --force-reinstall") from None
 
         self._lib, self.tokenizer = llama_cpp, tokenizer
         # As torch does: a second thread on a core that someone else keeps busy costs more than it gives.
