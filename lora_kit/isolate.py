@@ -26,7 +26,6 @@ from typing import Any
 from lora_kit import errors
 from lora_kit.errors import InternalError, LoraKitError, MachineError
 
-
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 

@@ -34,6 +34,9 @@ class Fixed(Engine):
     def generate(self, prompts, *, max_new_tokens, ignore_stop=False):
         raise NotImplementedError
 
+    def tokens_after(self, prompt, max_new_tokens):
+        raise NotImplementedError
+
     def time_once(self, prompts, new_tokens):
         raise NotImplementedError
 

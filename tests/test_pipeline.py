@@ -63,6 +63,8 @@ def test_every_stage_is_sealed_and_its_seal_is_the_last_that_was_written(finishe
         assert max(stat.st_mtime_ns for stat in files.values()) <= (folder / "stage.json").stat().st_mtime_ns, stage
         assert seal["seconds"] > 0 and seal["summary"]
     assert not [path.name for path in run.path.glob(".*")]
+    usual = (run.path / "recipe.yaml").stat().st_mode
+    assert {path.stat().st_mode for path in run.path.rglob("*.safetensors")} == {usual}
     assert list(run.artifacts()) == ["base", "adapter", "merged", "bitsandbytes-int8", "bitsandbytes-nf4", "gguf-q8_0"]
     assert all(Path(artifact.path).exists() for artifact in run.artifacts().values())
     assert {verdict["outcome"] for verdict in run.seal("merge")["verdicts"]} == {"PASS"}
