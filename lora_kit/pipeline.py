@@ -63,13 +63,13 @@ STAGES = (
 NAMES = tuple(stage.name for stage in STAGES)
 
 
-def open_for(recipe_file: RecipeFile, runs_dir: Path, *, fresh: bool = False) -> Run:
+def open_for(recipe_file: RecipeFile, runs_dir: Path | str, *, fresh: bool = False) -> Run:
     """The run of this recipe: the newest whose model, data, lora and train are the same, or a new one.
 
     Args:
         fresh: always a new one.
     """
-    base = check(recipe_file)
+    runs_dir, base = Path(runs_dir), check(recipe_file)
     resolved = _resolved(recipe_file, base)
     identity = resolved["identity"]
     for path in [] if fresh else reversed(rundir.runs_in(runs_dir, recipe_file.recipe.name)):
@@ -147,7 +147,7 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def run_recipe(recipe_file: RecipeFile, *, runs_dir: Path = Path("runs"), until: str = "report", fresh: bool = False,
+def run_recipe(recipe_file: RecipeFile, *, runs_dir: Path | str = "runs", until: str = "report", fresh: bool = False,
                redo: bool = False) -> Run:
     """Bring the recipe's run up to stage ``until``, skipping what is done.
 

@@ -171,13 +171,14 @@ def _run_id(now: float) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{int(now % 1 * 65536):04x}"
 
 
-def open_run(path: Path) -> Run:
+def open_run(path: Path | str) -> Run:
     """The run in the folder ``path``, with the recipe that it was made from.
 
     Raises:
         RecipeError: it is no run folder.
         RefusedError: its lock.json or recipe.yaml is not whole.
     """
+    path = Path(path)
     if not is_run(path):
         raise RecipeError(str(path), "is not a run folder", "name a folder with a recipe.yaml and a lock.json")
     lock, recipe = path / "lock.json", path / "recipe.yaml"

@@ -269,6 +269,11 @@ def test_gates_end_the_run_after_the_report(tiny_model, tmp_path, monkeypatch):
     assert cannot_tell.value.exit_code == 3 and "INCONCLUSIVE" in page.read_text()
 
 
+def test_folders_may_be_given_as_text(world):
+    run = pipeline.run_recipe(tiny_run.read(world.recipe), runs_dir=str(world.runs))
+    assert rundir.open_run(str(run.path)).path == world.run
+
+
 # ---- mistakes that would be found late -------------------------------------------------
 
 
