@@ -37,7 +37,8 @@ def merge(found: Findings) -> Section:
         dtype = certificate.get("dtype", "its type")
         compared = (("adapter_change", "the base alone: what training changed"),
                     ("exact", "merged in fp32: must be rounding only"),
-                    ("floor", f"base + adapter in {dtype}: what the type costs"),
+                    ("floor", f"that merge in {dtype}: what the type costs"),
+                    ("unmerged", f"base + adapter unmerged, in {dtype}"),
                     ("merged", f"the files on disk, in {dtype}"))
         rows = [_comparison(title, certificate[key]) for key, title in compared if key in certificate]
         blocks += _stage_verdicts(found, "merge")
