@@ -199,8 +199,9 @@ def certify(
 
     Returns:
         Figures of :func:`lora_kit.certificate.compare` against base + adapter in fp32, for ``adapter_change`` (the
-        base alone), ``exact`` (merged in fp32), ``floor`` (that merge cast to ``dtype``), ``unmerged`` (base + adapter
-        in ``dtype``) and ``merged`` (the files on disk, in ``dtype``); ``stored``: num_tensors, num_elements, num_wrong, num_inexact, names_differing.
+        base alone), ``exact`` (merged in fp32), ``floor`` (that merge cast to ``dtype``), ``unmerged`` (base +
+        adapter in ``dtype``) and ``merged`` (the files on disk, in ``dtype``); ``stored``: num_tensors, num_elements,
+        num_wrong, num_inexact, names_differing.
     """
     from lora_kit.engines.hf import HfEngine
 
