@@ -181,7 +181,7 @@ def _judge(version: str, wanted: str) -> tuple[Status, str]:
 
 def _devices(torch_facts: Mapping[str, object]) -> list[Check]:
     machine = hardware.describe()
-    bf16 = "multiplies bf16 itself" if machine["cpu_bf16"] else "has no bf16 of its own: precision auto is fp32 on it"
+    bf16 = "has bf16 matrix units" if machine["cpu_bf16"] else "has no bf16 matrix units: precision auto is fp32 on it"
     found = [
         Check("devices", "cpu", "ok", f"{machine['cpu']}, {machine['cores']} cores, {bf16}"),
         Check("devices", "memory", "ok", f"{units.bytes_text(machine['available_memory_bytes'])} free of "

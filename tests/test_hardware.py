@@ -22,10 +22,10 @@ def test_cpu_is_read_from_cpuinfo():
     assert hardware.cpu_model(ARM) == (platform.processor() or platform.machine())
 
 
-def test_bf16_needs_an_instruction_for_it():
+def test_bf16_needs_a_matrix_unit_for_it():
     assert hardware.cpu_supports_bf16(XEON)
     assert hardware.cpu_supports_bf16(ARM)
-    assert not hardware.cpu_supports_bf16("flags : fpu avx2 avx512f\n")
+    assert not hardware.cpu_supports_bf16("flags : fpu avx2 avx512f avx512_bf16\n")
     assert not hardware.cpu_supports_bf16("")
 
 
