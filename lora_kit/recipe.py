@@ -144,7 +144,15 @@ class TrainSection(Section):
     batch_size: Count = 8
     """Examples per optimizer step, over all processes and accumulation steps together."""
     micro_batch_size: Count = 4
-    """Examples per forward pass and process; the rest of the batch is accumulated."""
+    """Examples per forward pass and process where they are padded; the rest of the batch is accumulated."""
+    packing: bool = True
+    """Lay the rows of a forward pass end to end, each attending to itself alone, in place of padding them to the
+    longest. Where the model cannot keep them apart they are padded, which is said."""
+    pack_tokens: Annotated[int, Field(ge=8), _NumberOnly] | None = None
+    """Tokens of one packed forward pass. Default: `micro_batch_size` rows of `data.max_tokens`."""
+    prove: Literal["auto", True, False] = "auto"
+    """Before the first step, compare loss and gradients of two packed rows with those of the same rows one by one,
+    on this model; packing is switched off when they differ. auto: when that costs under 2 % of the run."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -3,7 +3,8 @@
 accelerate gives device, precision and processes; peft the adapter; the order of the
 examples is a function of (seed, epoch) and their position a global count, so that a run
 goes on where it stopped. The loss of a step is summed over every micro-batch and process
-and divided by the trained tokens of the whole batch: splitting it changes nothing.
+and divided by the trained tokens of the whole batch: splitting it changes nothing. Rows are
+packed end to end where the model keeps them apart (``packing.py``), which is proven on it.
 
 `examples/minimal_loop.py` is this loop without checkpoints, processes and the run folder.
 
@@ -19,19 +20,20 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from lora_kit import checkpoint, isolate, model, tokens
+from lora_kit import checkpoint, isolate, model, packing, proof, tokens
 from lora_kit.errors import DivergedError, ModelError, RecipeError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
-from lora_kit.loss import loss_per_row
+from lora_kit.loss import loss_sum
 from lora_kit.recipe import Recipe, TrainSection
 from lora_kit.rundir import Run, writing
 from lora_kit.schedule import count_steps, learning_rate_at, save_interval
 from lora_kit.sources import file_sha256
-from lora_kit.types import Artifact, Example, Result
+from lora_kit.types import Artifact, Batch, Result
 from lora_kit.units import number_text, seconds_text
 
 SECTIONS = ("model", "lora", "train", "seed")
@@ -70,9 +72,11 @@ def stage(recipe: Recipe, run: Run) -> Result:
     state = _go_on_from(work, state, named, optimizer, log)
     stop = _StopSignals()
     save_every = save_interval(settings, num_steps)
+    packed = _pack(recipe, net, train_rows, num_steps, accelerator)
+    shares = _Shares(settings, packed["budget"], accelerator)
 
     def held_out_loss() -> float | None:
-        return evaluate_loss(wrapped, held_out_rows, settings.micro_batch_size, accelerator)
+        return evaluate_loss(wrapped, held_out_rows, shares, accelerator)
 
     def save() -> Path:
         return _save_checkpoint(work, state, named, optimizer, log, accelerator)
@@ -94,18 +98,18 @@ def stage(recipe: Recipe, run: Run) -> Result:
 
             # One optimizer step: every process takes its share of the batch, in micro-batches.
             num_trained = sum(train_rows.num_trained(row) for row in rows)
-            micro_batches = share_of_batch(rows, train_rows, settings.micro_batch_size, accelerator)
-            loss_sum = torch.zeros((), device=accelerator.device)
+            micro_batches = shares.of(rows, train_rows)
+            total = torch.zeros((), device=accelerator.device)
             for index, micro in enumerate(micro_batches):
-                batch = tokens.batch_of([train_rows[row] for row in micro], 0, accelerator.device)
+                batch = shares.batch_of(micro, train_rows)
                 last = index == len(micro_batches) - 1
                 with nullcontext() if last or wrapped is net else accelerator.no_sync(wrapped):
                     with accelerator.autocast():
-                        losses_B = loss_per_row(wrapped, batch)
+                        summed = loss_sum(wrapped, batch)
                     # DDP averages gradients over processes, so the sum is scaled back up.
-                    accelerator.backward(losses_B.sum() * accelerator.num_processes / num_trained)
-                loss_sum += losses_B.detach().sum()
-            loss = float(accelerator.reduce(loss_sum, "sum")) / num_trained
+                    accelerator.backward(summed * accelerator.num_processes / num_trained)
+                total += summed.detach()
+            loss = float(accelerator.reduce(total, "sum")) / num_trained
             grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
             if not (math.isfinite(loss) and (math.isfinite(grad_norm) or settings.precision == "fp16")):
                 _diverged(step + 1, loss, grad_norm, [train_rows.origins[row] for row in rows])
@@ -175,39 +179,79 @@ def stage(recipe: Recipe, run: Run) -> Result:
             state["tokens_total"] / state["train_seconds"], "trained_tokens": state["trained_tokens"],
             "tokens_total": state["tokens_total"], "num_trainable_params": num_trainable, "num_params": num_params,
             "precision": _precision(settings, accelerator), "device": str(accelerator.device),
-            "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(),
+            "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(), "packing": packed,
         },
     )
 
 
-def share_of_batch(
-    rows: list[int], examples: tokens.ExampleFile, micro_batch_size: int, accelerator
-) -> list[list[int]]:
-    """This process's micro-batches of a global batch: rows of like length together, so that little is padding."""
-    by_length = sorted(rows, key=lambda row: (-examples.length(row), row))
-    mine = by_length[accelerator.process_index::accelerator.num_processes]
-    return [mine[start:start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
+class _Shares:
+    """What this process takes of a batch, pass by pass, packed within ``budget`` tokens or padded (None)."""
+
+    def __init__(self, settings: TrainSection, budget: int | None, accelerator) -> None:
+        self.budget, self.micro_batch_size, self.accelerator = budget, settings.micro_batch_size, accelerator
+
+    def of(self, rows: Sequence[int], examples: tokens.ExampleFile) -> list[list[int]]:
+        return packing.micro_batches(
+            rows, examples.length, micro_batch_size=self.micro_batch_size, budget=self.budget,
+            process=self.accelerator.process_index, num_processes=self.accelerator.num_processes)
+
+    def batch_of(self, micro: Sequence[int], examples: tokens.ExampleFile) -> Batch:
+        chosen = [examples[row] for row in micro]
+        if self.budget is None:
+            return tokens.batch_of(chosen, 0, self.accelerator.device)
+        return packing.packed_batch_of(chosen, self.accelerator.device)
 
 
-def evaluate_loss(net, examples: tokens.ExampleFile, micro_batch_size: int, accelerator) -> float | None:
+def evaluate_loss(net, examples: tokens.ExampleFile, shares: _Shares, accelerator) -> float | None:
     """Mean loss in nats over all trained tokens of ``examples``, over all processes; None without rows."""
     import torch
 
     if not len(examples):
         return None
     net.eval()
-    order = sorted(range(len(examples)), key=lambda row: (-examples.length(row), row))
-    mine = order[accelerator.process_index::accelerator.num_processes]
     totals = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for start in range(0, len(mine), micro_batch_size):
-            micro: list[Example] = [examples[row] for row in mine[start:start + micro_batch_size]]
-            batch = tokens.batch_of(micro, 0, accelerator.device)
+        for micro in shares.of(range(len(examples)), examples):
+            # A process that has no rows left takes part with one that does not count.
+            batch = shares.batch_of(micro or [0], examples)
             with accelerator.autocast():
-                totals += torch.tensor([float(loss_per_row(net, batch).double().sum()), batch.num_trained_tokens])
+                summed = float(loss_sum(net, batch))
+            totals += torch.tensor([summed, batch.num_trained_tokens]) * bool(micro)
     totals = accelerator.reduce(totals.to(accelerator.device).float() if accelerator.device.type == "mps"
                                 else totals.to(accelerator.device), "sum")
     return float(totals[0] / totals[1])
+
+
+def _pack(recipe: Recipe, net, examples: tokens.ExampleFile, num_steps: int, accelerator) -> dict[str, Any]:
+    """Whether and how rows are packed: ``budget`` (None: padded), ``why_not`` and ``proof``; tells what it decides."""
+    settings, plain = recipe.train, net.get_base_model()
+    found: dict[str, Any] = {"budget": None, "why_not": None, "proof": None}
+    if not settings.packing:
+        return found
+    found["why_not"] = packing.why_not_packed(plain)
+    if found["why_not"] is None:
+        packing.use_packing(plain)
+        lengths = [examples.length(row) for row in range(len(examples))]
+        chosen = proof.rows_to_prove(lengths, [examples.num_trained(row) for row in range(len(examples))])
+        in_run = num_steps * settings.batch_size * sum(lengths) / len(lengths)
+        cheap = proof.is_cheap(sum(lengths[row] for row in chosen), in_run)
+        if len(chosen) == 2 and (settings.prove is True or settings.prove == "auto" and cheap):
+            found["proof"] = proof.prove_packing(net, [examples[row] for row in chosen], accelerator,
+                                                 _precision(settings, accelerator))
+            found["proof"]["rows"] = [examples.origins[row] for row in chosen]
+            differ = max(found["proof"][key] for key in ("loss_difference", "gradient_difference"))
+            if found["proof"]["holds"]:
+                tell(Note(text="packed rows give the loss and gradients of separate ones: "
+                               f"{number_text(differ, 2)} apart, bound {number_text(found['proof']['bound'], 2)}"))
+            else:
+                packing.stop_packing(plain)
+                found["why_not"] = (f"loss or gradients of two packed rows differ by {number_text(differ, 2)} from "
+                                    f"those of separate rows (bound {number_text(found['proof']['bound'], 2)})")
+    if found["why_not"]:
+        tell(Caution(text=f"rows are padded, not packed: {found['why_not']}"))
+    else:
+        found["budget"] = settings.pack_tokens or settings.micro_batch_size * recipe.data.max_tokens
+    return found
 
 
 def count_parameters(net) -> tuple[int, int]:

@@ -57,9 +57,10 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Padded examples. ``labels_BT`` is -100 where nothing is trained on.
+    """Examples of one forward pass, padded or packed. ``labels_BT`` is -100 where nothing is trained on.
 
-    ``attention_mask_BT`` is 1 on real tokens: padding is known by length, never by id.
+    Padded: ``attention_mask_BT`` is 1 on real tokens; padding is known by length, never by id. Packed: B is 1,
+    ``document_lengths`` are the examples' tokens, ``positions_BT`` starts anew with each, and there is no mask.
     """
 
     tokens_BT: Any
@@ -67,6 +68,8 @@ class Batch:
     attention_mask_BT: Any
     num_trained_tokens: int
     num_tokens: int
+    positions_BT: Any = None
+    document_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
