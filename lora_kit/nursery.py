@@ -93,7 +93,7 @@ class Nursery:
             theirs.close()
         self.owner = os.getpid()
         self.calls = 0
-        """Calls that are under way, by several threads perhaps."""
+        """Calls that are under way: several when threads make them."""
         self.has_served = False
         """Whether a child was ever forked."""
 

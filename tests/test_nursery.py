@@ -150,6 +150,7 @@ def test_a_call_within_a_call_has_a_fresh_process():
     assert inner["parent"] == outer
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_fork_of_this_process_leaves_it_alone():
     before = double()["parent"]
     pid = os.fork()
