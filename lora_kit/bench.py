@@ -174,7 +174,8 @@ def _measure(artifact: Artifact, bench: BenchSection, seed: int) -> tuple[BenchP
              "repeats": bench.repeats, "threads": threads}
     try:
         answer = isolate.call(
-            "lora_kit.bench:measure_artifact", {"artifact": artifact.as_dict(), "seed": seed, **shape}, threads=threads
+            "lora_kit.bench:measure_artifact", {"artifact": artifact.as_dict(), "seed": seed, **shape}, threads=threads,
+            fresh=True,  # load time is from nothing to ready
         )
     except MachineError as error:
         events.tell(events.Caution(text=f"{artifact.name} was not measured: {error}"))

@@ -1,9 +1,10 @@
-"""Call one of lora-kit's functions in a fresh process.
+"""Call one of lora-kit's functions in a process of its own, which never saw a model.
 
 What is measured from files on disk is measured in a process that never saw the model
 in another form; a native crash there becomes an error message here, and peak memory is
-that call's own. Arguments and result travel as JSON. Torch-free itself.
-Reads and writes only a temporary folder.
+that call's own. The process is forked from one that has only imported the libraries
+(``nursery``) where that is safe, and a new interpreter elsewhere. Arguments and result travel as JSON.
+Torch-free itself. Reads and writes only a temporary folder.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_kit import errors
+from lora_kit import errors, nursery
 from lora_kit.errors import InternalError, LoraKitError, MachineError
 
+_COMMAND = [sys.executable, "-m", "lora_kit.isolate"]
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Isolated:
-    """What came back: the JSON value, wall seconds, and the process's peak resident bytes."""
+    """What came back: the JSON value, wall seconds, and the process's peak resident bytes.
+
+    The bytes include the libraries: those that the call imports, or all that the nursery has imported (0.4 GB).
+    """
 
     value: Any
     seconds: float
@@ -39,35 +44,42 @@ class Isolated:
 
 
 def call(
-    function: str, arguments: dict[str, Any], *, threads: int | None = None, timeout_seconds: float | None = None
+    function: str, arguments: dict[str, Any], *, threads: int | None = None, timeout_seconds: float | None = None,
+    fresh: bool = False,
 ) -> Isolated:
-    """Call ``module:function`` of lora_kit with keyword ``arguments`` in a fresh process.
+    """Call ``module:function`` of lora_kit with keyword ``arguments`` in a process of its own.
 
     Args:
         function: e.g. ``lora_kit.certificate:measure``; only modules of lora_kit.
         arguments: JSON values.
         threads: CPU threads of the process; None leaves the environment as it is.
         timeout_seconds: the process is killed after that long.
+        fresh: start a new interpreter in any case, so that the time that imports take is the call's too.
 
     Raises:
         LoraKitError: the same class, place and remedy that the function raised.
         MachineError: the process crashed, was killed or took too long.
     """
     assert function.startswith("lora_kit."), function
-    environment = dict(os.environ)
+    imports = dict(os.environ)
+    root = str(Path(__file__).parent.parent)
+    imports["PYTHONPATH"] = os.pathsep.join(filter(None, [root, imports.get("PYTHONPATH", "")]))
+    environment = dict(imports)
     if threads:
         environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
-    root = str(Path(__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory(prefix="lora-kit-") as folder:
         answer = Path(folder) / "answer.json"
-        request = json.dumps({"function": function, "arguments": arguments, "answer": str(answer)})
+        request = {"function": function, "arguments": arguments, "answer": str(answer)}
         started = time.perf_counter()
+        done: nursery.Ended | subprocess.CompletedProcess[str] | None = None
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", "lora_kit.isolate"], input=request, env=environment, text=True,
-                capture_output=True, timeout=timeout_seconds,
-            )
+            if not fresh:
+                done = nursery.run(request, command=_COMMAND, environment=imports, own=environment, threads=threads,
+                                   timeout_seconds=timeout_seconds)
+            if done is None:
+                left = None if timeout_seconds is None else timeout_seconds - (time.perf_counter() - started)
+                done = subprocess.run(
+                    _COMMAND, input=json.dumps(request), env=environment, text=True, capture_output=True, timeout=left)
         except subprocess.TimeoutExpired:
             raise MachineError(function, f"took over {timeout_seconds:.0f} s and was stopped") from None
         seconds = time.perf_counter() - started
@@ -119,8 +131,7 @@ def reset_peak_memory() -> None:
         pass
 
 
-def _answer_request() -> None:
-    request = json.loads(sys.stdin.read())
+def _answer_request(request: dict[str, Any]) -> None:
     module_name, _, function_name = request["function"].partition(":")
     assert module_name.startswith("lora_kit.")
     try:
@@ -145,5 +156,12 @@ def _answer_request() -> None:
     os.replace(answer.with_suffix(".part"), answer)  # killed meanwhile, it leaves no half an answer
 
 
+def _answer_in_child(request: dict[str, Any]) -> None:
+    reset_peak_memory()
+    _answer_request(request)
+
+
 if __name__ == "__main__":
-    _answer_request()
+    if sys.argv[1:]:
+        nursery.serve(int(sys.argv[1]), sys.argv[2:], _answer_in_child)
+    _answer_request(json.loads(sys.stdin.read()))

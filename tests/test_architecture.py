@@ -21,9 +21,9 @@ PACKAGE = ROOT / "lora_kit"
 
 LEVELS = {
     0: "errors units",
-    1: "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate shipped formats metrics "
-       "records rows prepared schedule tool_calls model_files suite items gates charts report_document "
-       "report_html report_findings report_costs report_snippets report_sections report_proofs",
+    1: "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
+       "metrics records rows prepared schedule tool_calls model_files suite items gates charts "
+       "report_document report_html report_findings report_costs report_snippets report_sections report_proofs",
     2: "chat tokens packing loss proof model checkpoint bnb_mend adapter_check",
     3: "engines quantizers certificate scoring",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference",
@@ -194,6 +194,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 SPEAKERS = {
     "cli": "the command line",
     "terminal": "renders events for it",
+    "nursery": "the processes that it forks end where they are forked",
     "reference": "its main() is a command of its own, for make docs",
 }
 """Modules that may print or end the process -> why."""

@@ -117,8 +117,9 @@ def answer(calibration):
 
 
 def test_what_cannot_be_measured_has_no_figures_and_says_why(monkeypatch, tmp_path):
-    def call(function, arguments, threads):
+    def call(function, arguments, threads, fresh):
         assert function == "lora_kit.bench:measure_artifact" and threads == 1
+        assert fresh, "load time is from nothing to ready"
         if arguments["artifact"]["kind"] == "gguf":
             raise MachineError("engine llamacpp", "is not installed", "pip install llama-cpp-python")
         return answer(100.0)

@@ -57,7 +57,7 @@ def read(path: Path, *overrides: str) -> RecipeFile:
 
 
 def call_here(function: str, arguments: dict[str, Any], *, threads: int | None = None,
-              timeout_seconds: float | None = None) -> isolate.Isolated:
+              timeout_seconds: float | None = None, fresh: bool = False) -> isolate.Isolated:
     """``isolate.call`` in this process: for tests of what a stage does, not of who does it. Patch it in."""
     import importlib
 
