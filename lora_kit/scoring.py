@@ -3,10 +3,11 @@
 ``evaluation.py`` calls :func:`score_artifact` in a fresh process for each artifact. Answers
 are greedy; a metric of ``metrics/`` scores them through ``evaluate``. Held-out loss is the
 negative log-probability of the trained tokens, row by row, summed in float64 from the
-engine's float32 log-probabilities.
+engine's float32 log-probabilities. Engines compute in the type that is fastest for the
+stored weights (``dtype="fastest"`` of ``open_engine``).
 
-Shape suffixes: T tokens, K trained positions, V vocabulary. Reads the artifact, the data
-stage's held-out tokens and ``items/*.json``; writes ``<subject>/items.jsonl``.
+Shape suffixes: T tokens, K trained positions. Reads the artifact, the data stage's held-out
+tokens and ``items/*.json``; writes ``<subject>/items.jsonl``.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class _Subject:
         # Log-probabilities of a GGUF file can also be had without llama.cpp, from its dequantized weights.
         prefer = ("llamacpp", "hf") if self.artifact.kind == "gguf" and not generates else None
         if prefer not in self._engines:
-            self._engines[prefer] = open_engine(self.artifact, threads=self.threads, prefer=prefer)
+            self._engines[prefer] = open_engine(
+                self.artifact, dtype="fastest", threads=self.threads, prefer=prefer)
         self.last_engine = self._engines[prefer].name
         return self._engines[prefer]
 
@@ -201,8 +203,7 @@ def trained_loss(engine, example: Example) -> tuple[float, int]:
     positions_K = numpy.flatnonzero(example.loss_mask_T[1:]) + 1
     if not len(positions_K):
         return 0.0, 0
-    log_probs_TV = engine.log_probs(tokens_T.tolist())
-    chosen_K = log_probs_TV[positions_K - 1, tokens_T[positions_K]]
+    chosen_K = engine.token_log_probs(tokens_T, positions_K)
     return -float(chosen_K.sum(dtype=numpy.float64)), len(positions_K)
 
 

@@ -73,6 +73,24 @@ def test_a_row_without_trained_tokens_is_an_error(artifact, tmp_path):
     assert (lines["merged"][0]["score"], lines["merged"][0]["error"]) == (None, "no trained token")
 
 
+def test_only_trained_positions_are_asked_of_a_model_that_may_compute_in_fp32(artifact, data_dir, monkeypatch):
+    opened = []
+
+    class Engine:
+        name = "fake"
+
+        def token_log_probs(self, tokens_T, positions_K):
+            return numpy.full(len(positions_K), -0.5, numpy.float32)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(scoring, "open_engine", lambda artifact, **options: opened.append(options) or Engine())
+    _, lines = score(artifact, data_dir)
+    assert [line["score"] for line in lines["merged"]] == [0.5] * 3
+    assert [options["dtype"] for options in opened] == ["fastest"]
+
+
 def test_limit_scores_fewer_rows(artifact, data_dir):
     _, lines = score(artifact, data_dir, limit=2)
     assert len(lines["merged"]) == 2

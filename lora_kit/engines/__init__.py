@@ -66,6 +66,17 @@ class Engine(ABC):
     def log_probs(self, tokens: Sequence[int]) -> np.ndarray:
         """Natural log-probabilities (T, V) in float32: row t is over the token after ``tokens[: t + 1]``."""
 
+    def token_log_probs(self, tokens_T: Sequence[int], positions_K: Sequence[int]) -> np.ndarray:
+        """Natural log-probability (K,) in float32 of the token at each of ``positions_K``, given all before it.
+
+        An engine that need not compute the logits of every position and token for it has its own.
+
+        Raises:
+            ValueError: a position is 0, which nothing comes before, or past the end.
+        """
+        tokens_T, positions_K = np.asarray(tokens_T, dtype=np.int64), checked_positions(tokens_T, positions_K)
+        return self.log_probs(tokens_T.tolist())[positions_K - 1, tokens_T[positions_K]]
+
     @abstractmethod
     def time_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:
         """Answer ``prompts`` together, greedily and past stop tokens, and time it.
@@ -110,6 +121,14 @@ class Engine(ABC):
         self.close()
 
 
+def checked_positions(tokens_T: Sequence[int], positions_K: Sequence[int]) -> np.ndarray:
+    """``positions_K`` (K,) in int64; ValueError where one of them is no token that others come before."""
+    positions_K = np.asarray(positions_K, dtype=np.int64)
+    if len(positions_K) and not 0 < positions_K.min() <= positions_K.max() < len(tokens_T):
+        raise ValueError(f"positions must lie in 1 to {len(tokens_T) - 1}")
+    return positions_K
+
+
 def configured_stop_ids(folder: Path) -> set[int]:
     """End-of-sequence ids in the generation_config.json of a model folder; empty without one."""
     try:
@@ -142,7 +161,8 @@ def open_engine(
     """Load ``artifact`` into the engine of its kind.
 
     Args:
-        dtype: ``auto`` (as stored), ``fp32``, ``bf16`` or ``fp16``; llama.cpp computes in its own.
+        dtype: ``auto`` (as stored), ``fp32``, ``bf16``, ``fp16``, or ``fastest``: the same weights, computed in
+            fp32 where a CPU is slower in 16 bits and its memory holds them. llama.cpp computes in its own.
         threads: CPU threads; None leaves what the environment says.
         device: where to run; None takes the first CUDA device, else the CPU.
         prefer: an engine's name, or several: the first that is installed is taken. ``hf`` reads a

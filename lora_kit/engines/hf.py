@@ -3,12 +3,18 @@
 Serves folders in Hugging Face layout (those that bitsandbytes quantized too), a base with a
 PEFT adapter on it, unmerged, and a GGUF file whose weights are dequantized when it is read.
 
-Shape suffixes: B prompts, T tokens, V vocabulary. Reads model folders; writes nothing.
+Several prompts are answered together: what all of them begin with is run once, and an answer
+that has stopped leaves its batch. Models whose cache forgets or folds what it has read
+(sliding windows, recurrent layers) are answered by transformers' own `generate`.
+
+Shape suffixes: B prompts, T tokens, K positions asked for, V vocabulary. Reads model folders; writes nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,13 +24,22 @@ import numpy as np
 
 from lora_kit.bnb_mend import keep_4bit_weights_intact
 from lora_kit.chat import load_tokenizer, stop_token_ids
-from lora_kit.engines import Engine, configured_stop_ids
+from lora_kit.engines import Engine, checked_positions, configured_stop_ids
 from lora_kit.errors import ModelError
+from lora_kit.hardware import cpu_supports_bf16, memory_bytes
 from lora_kit.model import load_adapter, load_base, read_config, torch_dtype
 from lora_kit.types import Artifact, Generation
 
-BATCH_SIZE = 8
-"""Prompts that are answered together; more of them come in several batches, in order of length."""
+BATCH_ROWS = 16
+"""Most prompts that are answered together; more of them come in several batches, in order of length."""
+BATCH_TOKENS = 8192
+"""Most tokens of a batch: its rows times the longest prompt and its answer. One prompt alone may be longer."""
+SHARED_TOKENS = 32
+"""Tokens that all prompts must begin with before it is worth a forward pass of its own."""
+_ROWS = 128
+"""Positions whose probabilities are worked out at a time: a copy of all logits in fp32 would be large."""
+_ROOM = 2.5
+"""Main memory to each byte of 16-bit weights, for their fp32 copy with its cache and activations."""
 _NAME_OF_STORED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -46,16 +61,19 @@ def load(artifact: Artifact, *, dtype: str = "auto", threads: int | None = None,
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     folder = Path(artifact.base if artifact.kind == "adapter" else artifact.path)
     if artifact.kind == "gguf":
-        dtype = "fp32" if dtype == "auto" else dtype
+        dtype = "fp32" if dtype in ("auto", "fastest") else dtype
         model = _load_gguf(folder, dtype).to(device).eval()
         source = f"transformers {dtype}, dequantized"
     else:
         method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
-        dtype = stored_dtype(folder) if dtype == "auto" else dtype
+        stored = stored_dtype(folder)
+        asked = dtype
+        dtype = {"auto": stored, "fastest": fastest_dtype(folder, device)}.get(asked, asked)
         model = _load_quantized(folder, dtype, device) if method else load_base(folder, dtype=dtype, device=device)
         if artifact.kind == "adapter":
             model = load_adapter(model, artifact.path)
-        source = f"transformers {dtype}" + (f", {method}" if method else "")
+        upcast = f" (stored {stored})" if asked == "fastest" and dtype != stored else ""
+        source = f"transformers {dtype}{upcast}" + (f", {method}" if method else "")
     if artifact.kind == "gguf" and artifact.tokenizer is None:
         raise ModelError(artifact.path, "names no tokenizer folder", "name the folder of the model it was made from")
     tokenizer_dir = Path(artifact.tokenizer or folder)
@@ -68,6 +86,20 @@ def stored_dtype(folder: Path) -> str:
     """The type that config.json says the weights are stored in, as ``fp32``, ``bf16`` or ``fp16``."""
     config = read_config(folder)
     return _NAME_OF_STORED.get(config.get("dtype") or config.get("torch_dtype") or "float32", "fp32")
+
+
+def fastest_dtype(folder: Path, device: str) -> str:
+    """The type to compute in where the stored weights must not change and time matters.
+
+    fp32 on a CPU that has no matrix unit for 16-bit numbers, as the weights stay exactly what they are there, and
+    as stored everywhere else: on a GPU, where main memory is short, and for folders that bitsandbytes quantized, which
+    come back in the type they were stored in whatever is asked for (transformers 5.24).
+    """
+    stored = stored_dtype(folder)
+    if device != "cpu" or stored == "fp32" or cpu_supports_bf16() or read_config(folder).get("quantization_config"):
+        return stored
+    weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return "fp32" if weights * _ROOM <= memory_bytes()[1] else stored
 
 
 def _load_quantized(folder: Path, dtype: str, device: str):
@@ -115,20 +147,85 @@ class HfEngine(Engine):
         self.device = str(model.device)
         self.stop_ids = tuple(sorted(stop_ids))
         self.num_tokens = int(model.get_output_embeddings().weight.shape[0])
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel hides its forward
+        self._options = frozenset(inspect.signature(plain.forward).parameters)
+        # transformers 5.24 calls it `cache` and warns of the old name, which older ones know alone.
+        self._cache_key = "cache" if "cache" in self._options else "past_key_values"
+        self._decodes_itself = _grows_plainly(plain) and self._options >= {
+            self._cache_key, "attention_mask", "position_ids", "logits_to_keep"}
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False
     ) -> list[Generation]:
-        answers: dict[int, Generation] = {}
-        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        for first in range(0, len(by_length), BATCH_SIZE):
-            rows = by_length[first : first + BATCH_SIZE]
-            batch = self._generate_batch([prompts[row] for row in rows], max_new_tokens, ignore_stop)
-            answers.update(zip(rows, batch, strict=True))
-        return [answers[row] for row in range(len(prompts))]
-
-    def _generate_batch(self, prompts: list[Sequence[int]], max_new_tokens: int, ignore_stop: bool) -> list[Generation]:
         import torch
+
+        prompts, answers = [list(prompt) for prompt in prompts], {}
+        num_shared, shared = 0, None
+        with torch.inference_mode():
+            if self._decodes_itself:
+                num_shared = _num_shared(prompts)
+                shared = self._read(prompts[0][:num_shared]) if num_shared else None
+            for rows in _batches(prompts, max_new_tokens):
+                batch = [prompts[row] for row in rows]
+                if self._decodes_itself:
+                    stop_ids = () if ignore_stop else self.stop_ids
+                    found = self._decode(batch, max_new_tokens, stop_ids, num_shared, shared)
+                else:
+                    found = self._transformers_generate(batch, max_new_tokens, ignore_stop)
+                answers.update(zip(rows, found, strict=True))
+        return [self._generation(answers[row], ignore_stop) for row in range(len(prompts))]
+
+    def _read(self, tokens: list[int]):
+        """The cache after ``tokens``, for one row."""
+        import torch
+
+        cache = _cache_with_room(self.model, len(tokens))
+        self._forward(torch.tensor([tokens], device=self.model.device), cache)
+        return cache
+
+    def _decode(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: Sequence[int], num_shared: int,
+                shared: Any) -> list[list[int]]:
+        """Greedy tokens after each prompt, with the stop token where there is one.
+
+        Args:
+            num_shared: how many tokens all prompts begin with, fewer than any of them has.
+            shared: the cache after these; it is copied. None where ``num_shared`` is 0.
+        """
+        import torch
+
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))
+        cache = _cache_with_room(self.model, max(map(len, prompts)) + max_new_tokens)
+        for index, layer in enumerate(shared.layers if shared else ()):
+            cache.update(*(each.expand(len(rows), -1, -1, -1) for each in (layer.keys, layer.values)), index)
+        tokens_BT, mask_BT = self._left_padded([prompt[num_shared:] for prompt in prompts])
+        mask_BT = torch.cat([mask_BT.new_ones(len(rows), num_shared), mask_BT], dim=1)
+        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, num_shared:]
+        for left in reversed(range(max_new_tokens)):
+            logits_BV = self._forward(tokens_BT, cache, attention_mask=mask_BT, position_ids=positions_BT)
+            next_B = logits_BV.argmax(-1)
+            going = []
+            for place, token in enumerate(next_B.tolist()):
+                answers[rows[place]].append(token)
+                if token not in stop_ids:
+                    going.append(place)
+            if not going or not left:
+                break
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
+            tokens_BT, positions_BT = next_B[:, None], positions_BT[:, -1:] + 1
+            if len(going) < len(rows):
+                rows = [rows[place] for place in going]
+                kept = torch.tensor(going, device=self.model.device)
+                cache.batch_select_indices(kept)
+                tokens_BT, positions_BT, mask_BT = tokens_BT[kept], positions_BT[kept], mask_BT[kept]
+        return answers
+
+    def _forward(self, tokens_BT, cache, **options):
+        """Logits (B, V) after the last token; ``cache`` takes the tokens up."""
+        return self.model(input_ids=tokens_BT, use_cache=True, logits_to_keep=1, **{self._cache_key: cache},
+                          **options).logits[:, -1]
+
+    def _transformers_generate(self, prompts: list[list[int]], max_new_tokens: int, ignore_stop: bool):
         from transformers import GenerationConfig
 
         tokens_BT, mask_BT = self._left_padded(prompts)
@@ -136,17 +233,16 @@ class HfEngine(Engine):
         # fills what is unset from it: greedy means greedy here.
         kept, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
-            with torch.inference_mode():
-                out_BT = self.model.generate(
-                    input_ids=tokens_BT, attention_mask=mask_BT,
-                    generation_config=GenerationConfig(
-                        do_sample=False, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=self._pad_id(),
-                        eos_token_id=None if ignore_stop else list(self.stop_ids),
-                    ),
-                )
+            out_BT = self.model.generate(
+                input_ids=tokens_BT, attention_mask=mask_BT,
+                generation_config=GenerationConfig(
+                    do_sample=False, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=self._pad_id(),
+                    eos_token_id=None if ignore_stop else list(self.stop_ids),
+                ),
+            )
         finally:
             self.model.generation_config = kept
-        return [self._generation(row[tokens_BT.shape[1] :].tolist(), ignore_stop) for row in out_BT]
+        return out_BT[:, tokens_BT.shape[1]:].tolist()
 
     def _generation(self, tokens: list[int], ignore_stop: bool) -> Generation:
         stop = None if ignore_stop else next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
@@ -162,14 +258,31 @@ class HfEngine(Engine):
             logits_TV = self.model(input_ids=tokens_1T, use_cache=False).logits[0]
             return torch.log_softmax(logits_TV.float(), dim=-1).cpu().numpy()
 
+    def token_log_probs(self, tokens_T: Sequence[int], positions_K: Sequence[int]) -> np.ndarray:
+        import torch
+
+        positions_K = checked_positions(tokens_T, positions_K)
+        if not len(positions_K) or "logits_to_keep" not in self._options:
+            return super().token_log_probs(tokens_T, positions_K)
+        with torch.inference_mode():
+            device, last = self.model.device, int(positions_K.max())
+            # The last token asked for is predicted, not read, and nothing after it matters.
+            tokens_1T = torch.tensor([list(tokens_T)[: last + 1]], device=device)
+            positions_K = torch.from_numpy(positions_K).to(device)
+            logits_KV = self.model(input_ids=tokens_1T[:, :-1], use_cache=False,
+                                   logits_to_keep=positions_K - 1).logits[0]
+            parts = zip(logits_KV.split(_ROWS), tokens_1T[0, positions_K].split(_ROWS), strict=True)
+            return torch.cat([torch.log_softmax(part_V.float(), dim=-1).gather(-1, token[:, None])[:, 0]
+                              for part_V, token in parts]).cpu().numpy()
+
     def tokens_after(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
         import torch
 
         next_11, cache = torch.tensor([list(prompt)], device=self.model.device), None
         for _ in range(max_new_tokens):
             with torch.inference_mode():
-                out = self.model(input_ids=next_11, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            next_11, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+                out = self.model(input_ids=next_11, use_cache=True, logits_to_keep=1, **{self._cache_key: cache})
+            next_11, cache = out.logits[:, -1:].argmax(-1), getattr(out, self._cache_key)
             yield int(next_11)
 
     def time_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:
@@ -192,7 +305,7 @@ class HfEngine(Engine):
             for _ in range(new_tokens - 1):
                 mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
                 out = self.model(input_ids=next_B1, attention_mask=mask_BT, position_ids=position_B1, use_cache=True,
-                                 past_key_values=out.past_key_values)
+                                 **{self._cache_key: getattr(out, self._cache_key)})
                 next_B1 = out.logits[:, -1:].argmax(-1)
                 position_B1 = position_B1 + 1
                 num_generated += next_B1.numel()
@@ -234,3 +347,99 @@ class HfEngine(Engine):
             torch.cuda.synchronize()
         elif self.device.startswith("mps"):
             torch.mps.synchronize()
+
+
+def _cache_with_room(model, room: int):
+    """An empty cache for up to ``room`` tokens a row."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_layer_with_room()(room) for _ in cache.layers]
+    return cache
+
+
+@functools.cache
+def _layer_with_room():
+    """The class of a cache layer whose memory is taken once. (A class of transformers' own: made when it is there.)
+
+    A plain one copies all that it holds for each new token: 60 % of the time of 16 rows of 400 tokens (a Llama of
+    135 million weights on one CPU core).
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class LayerWithRoom(DynamicLayer):
+        """``keys`` and ``values`` are the filled part of ``held``, each (B, heads, room, width)."""
+
+        def __init__(self, room: int) -> None:
+            super().__init__()
+            self.room, self.held = room, ()
+
+        def update(self, key_states, value_states, *_args, **_options):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.held = [each.new_empty(*each.shape[:2], self.room, each.shape[3])
+                             for each in (key_states, value_states)]
+            start = self.get_seq_length()
+            end = start + key_states.shape[2]
+            for held, new in zip(self.held, (key_states, value_states), strict=True):
+                held[:, :, start:end] = new
+            self._fill(end)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices) -> None:
+            end = self.get_seq_length()
+            self.held = [held[indices] for held in self.held]
+            self._fill(end)
+
+        def _fill(self, end: int) -> None:
+            self.keys, self.values = (held[:, :, :end] for held in self.held)
+
+    return LayerWithRoom
+
+
+def _grows_plainly(model) -> bool:
+    """Whether keys and values of all tokens read are kept by ``model``'s own cache, and nothing else is.
+
+    Only then may a cache be read once and copied to several rows, lose rows, and have padding between the tokens.
+    False for sliding windows, recurrent layers, layers that share keys, models that prepare their inputs in a way of
+    their own, and rotary frequencies that change with the longest row of the batch.
+    """
+    from transformers import DynamicCache, GenerationMixin
+    from transformers.cache_utils import DynamicLayer
+
+    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        return False
+    if getattr(type(model), "prepare_inputs_for_generation", None) is not GenerationMixin.prepare_inputs_for_generation:
+        return False
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, dict)]
+    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return len(layers) == config.num_hidden_layers and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _num_shared(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, less than the shortest has; 0 where that is not worth its own pass."""
+    if len(prompts) < 2:
+        return 0
+    # Whatever lies between the least and the greatest of sorted lists begins as these two do.
+    first, last = min(prompts), max(prompts)
+    longest = min(map(len, prompts)) - 1
+    found = next((place for place in range(longest) if first[place] != last[place]), longest)
+    return found if found >= SHARED_TOKENS else 0
+
+
+def _batches(prompts: list[list[int]], max_new_tokens: int) -> Iterator[list[int]]:
+    """Indices of ``prompts``, each once, those of a similar length together."""
+    batch: list[int] = []
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+        # In order of length, so the newest row is the longest.
+        if batch and (len(batch) == BATCH_ROWS
+                      or (len(batch) + 1) * (len(prompts[row]) + max_new_tokens) > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,12 +1,13 @@
 """The transformers engine: its log-probabilities, greedy answers, batches and counts."""
 
+import functools
 import json
 import shutil
 
 import numpy as np
 import pytest
 
-from lora_kit.engines import open_engine
+from lora_kit.engines import Engine, hf, open_engine
 from lora_kit.engines.hf import HfEngine, stored_dtype
 from lora_kit.errors import ModelError
 from lora_kit.types import Artifact
@@ -74,6 +75,111 @@ def test_stop_tokens_end_an_answer(engine):
     assert ending.generate(prompts()[1:2], max_new_tokens=8, ignore_stop=True)[0].tokens == free[1].tokens
 
 
+def alone(model, prompt, count, stop_ids=None):
+    """transformers' own greedy tokens after one prompt, without the stop token."""
+    import torch
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
+    settings = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=2, eos_token_id=stop_ids)
+    with torch.inference_mode():
+        tokens_1T = torch.tensor([prompt])  # with a mask: without one transformers takes each 2 for padding
+        out = model.generate(input_ids=tokens_1T, attention_mask=torch.ones_like(tokens_1T), generation_config=settings)
+        out = out[0, len(prompt):].tolist()
+    return tuple(out[:-1] if out[-1] in (stop_ids or ()) else out)
+
+
+def shapes_of_calls(engine, monkeypatch):
+    seen = []
+    plain = type(engine.model).forward
+
+    @functools.wraps(plain)  # the engine reads what forward takes
+    def counting(self, *arguments, **options):
+        out = plain(self, *arguments, **options)
+        seen.append((*options["input_ids"].shape, out.logits.shape[1]))
+        return out
+
+    monkeypatch.setattr(type(engine.model), "forward", counting)
+    return seen
+
+
+def test_a_shared_beginning_is_read_once_and_stopped_rows_leave(engine, monkeypatch):
+    beginning = np.random.default_rng(1).integers(3, 250, 40).tolist()
+    asked = [beginning, *(beginning + prompt for prompt in prompts())]  # one of them is what they share
+    free = [alone(engine.model, prompt, 8) for prompt in asked]
+    stop = free[4][2]
+    expected = [alone(engine.model, prompt, 8, [stop]) for prompt in asked]
+    assert len({len(tokens) for tokens in expected}) > 1
+    seen = shapes_of_calls(engine, monkeypatch)
+    found = HfEngine(engine.model, engine.tokenizer, stop_ids=(stop,)).generate(asked, max_new_tokens=8)
+    assert [answer.tokens for answer in found] == expected
+    assert [answer.stopped for answer in found] == [stop in tokens for tokens in free]
+    # 39 tokens once (the last one must predict something), then one batch; the head only at each row's end.
+    assert seen[:2] == [(1, 39, 1), (11, max(map(len, asked)) - 39, 1)]
+    going = [sum(len(tokens) > step for tokens in expected) for step in range(7)]
+    assert seen[2:] == [(rows, 1, 1) for rows in going if rows]
+    del seen[:]
+    assert [answer.tokens for answer in engine.generate(asked, max_new_tokens=8, ignore_stop=True)] == free
+    assert [rows for rows, *_ in seen] == [1, *[11] * 8]
+
+
+def test_batches_are_bounded_by_rows_and_tokens(engine, monkeypatch):
+    expected = engine.generate(prompts(), max_new_tokens=3, ignore_stop=True)
+    monkeypatch.setattr(hf, "BATCH_TOKENS", 30)
+    monkeypatch.setattr(hf, "BATCH_ROWS", 3)
+    seen = shapes_of_calls(engine, monkeypatch)
+    assert engine.generate(prompts(), max_new_tokens=3, ignore_stop=True) == expected
+    assert [rows for rows, length, _ in seen if length > 1] == [3, 2, 2, 1, 1, 1]  # 4 5 6 | 8 9 | 11 12 | 14 | 17 | 33
+    assert engine.generate([], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral", "dynamic_rope"])
+def test_a_cache_that_forgets_is_left_to_transformers(kind, engine, monkeypatch):
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    fields = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, initializer_range=0.15, pad_token_id=2, eos_token_id=2, bos_token_id=1)
+    config = {
+        "gemma3": lambda: CONFIG_MAPPING["gemma3_text"](**fields, head_dim=16, sliding_window=6,
+                                                        layer_types=["sliding_attention", "full_attention"]),
+        "mistral": lambda: CONFIG_MAPPING["mistral"](**fields, sliding_window=6),
+        "dynamic_rope": lambda: CONFIG_MAPPING["llama"](
+            **fields, max_position_embeddings=64,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+    }[kind]()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    sliding = HfEngine(model, engine.tokenizer, stop_ids=(2,))
+    asked = [[*range(50, 90), *prompt] for prompt in prompts()[:4]]
+    monkeypatch.setattr(sliding, "_decode", lambda *_: pytest.fail("the cache does not keep what was read"))
+    found = sliding.generate(asked, max_new_tokens=6, ignore_stop=True)
+    assert [answer.tokens for answer in found] == [alone(model, prompt, 6) for prompt in asked]
+
+
+def test_an_adapter_answers_as_transformers_says(folder, tmp_path):
+    adapter = fake_run.save_adapter(folder, tmp_path / "adapter", size=0.3)
+    with open_engine(Artifact(name="adapter", path=str(adapter), kind="adapter", base=str(folder))) as tuned:
+        assert tuned._decodes_itself
+        found = tuned.generate(prompts(), max_new_tokens=5, ignore_stop=True)
+        assert [answer.tokens for answer in found] == [alone(tuned.model, prompt, 5) for prompt in prompts()]
+
+
+def test_token_log_probs_are_those_of_all_positions(engine, monkeypatch):
+    tokens, positions = prompts()[4], [7, 1, 20, 21]
+    expected = Engine.token_log_probs(engine, tokens, positions)
+    assert expected.tolist() == [engine.log_probs(tokens)[place - 1, tokens[place]] for place in positions]
+    monkeypatch.setattr(hf, "_ROWS", 3)
+    seen = shapes_of_calls(engine, monkeypatch)
+    found = engine.token_log_probs(tokens, positions)
+    assert found.dtype == np.float32 and np.abs(found - expected).max() < 1e-5
+    assert seen == [(1, 21, 4)]  # what comes after the last one is not read, the head runs at the four alone
+    assert engine.token_log_probs(tokens, []).shape == (0,)
+    for wrong in (0, len(tokens), -1):
+        with pytest.raises(ValueError, match="positions must lie in 1 to 32"):
+            engine.token_log_probs(tokens, [3, wrong])
+
+
 def test_stop_ids_are_the_templates_and_the_configured_ones(engine, folder, tmp_path):
     assert engine.stop_ids == (2,)
     other = shutil.copytree(folder, tmp_path / "other")
@@ -126,6 +232,30 @@ def test_dtype_is_as_stored_unless_asked(tmp_path):
         assert (stored.name, wide.name) == ("transformers bf16", "transformers fp32")
         assert str(next(stored.model.parameters()).dtype) == "torch.bfloat16"
         assert str(next(wide.model.parameters()).dtype) == "torch.float32"
+
+
+def test_fastest_is_fp32_on_a_cpu_without_16_bit_matrices(tmp_path, monkeypatch):
+    import torch
+
+    folder = tiny.save_model(tmp_path / "bf16", dtype="bfloat16")[0]
+    artifact = Artifact(name="base", path=str(folder), kind="hf")
+    monkeypatch.setattr(hf, "cpu_supports_bf16", lambda: False)
+    with open_engine(artifact, device="cpu") as stored, open_engine(artifact, dtype="fastest", device="cpu") as wide:
+        assert (stored.name, wide.name) == ("transformers bf16", "transformers fp32 (stored bf16)")
+        for kept, upcast in zip(stored.model.parameters(), wide.model.parameters(), strict=True):
+            assert upcast.dtype == torch.float32 and torch.equal(kept.float(), upcast)
+    assert hf.fastest_dtype(folder, "cuda:0") == "bf16"
+    monkeypatch.setattr(hf, "memory_bytes", lambda: (10**9, 1000))
+    assert hf.fastest_dtype(folder, "cpu") == "bf16"
+    monkeypatch.undo()
+    monkeypatch.setattr(hf, "cpu_supports_bf16", lambda: True)
+    with open_engine(artifact, dtype="fastest", device="cpu") as found:
+        assert found.name == "transformers bf16"
+    monkeypatch.setattr(hf, "cpu_supports_bf16", lambda: False)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert hf.fastest_dtype(folder, "cpu") == "bf16"
 
 
 def test_a_gguf_without_its_tokenizer_is_an_error(tmp_path, folder):
