@@ -1,9 +1,10 @@
 """Conversations as token ids with a loss mask.
 
-The tokenizer's own chat template renders; which tokens are an assistant's turn is found
-from how the template renders growing prefixes of the conversation, so that it works for
-templates with and without generation markers. A trained turn runs from the first token
-after the generation prompt through its stop token.
+The tokenizer's own chat template renders; which characters are an assistant's turn is found
+by ``turns.py`` from how the template renders growing prefixes of the conversation, so that it
+works for templates with and without generation markers. A trained turn runs from the first
+token after the generation prompt through its stop token. A token that holds characters of both
+the prompt and the answer (a tokenizer may merge them) is not trained on.
 
 Shape suffix: T tokens of one example. Reads tokenizer folders; writes one when a recipe
 names another template. (`transformers` is imported inside functions: it loads torch.)
@@ -13,14 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from lora_kit.errors import DataError, ModelError, RecipeError
+from lora_kit.events import Caution, tell
+from lora_kit.turns import Rendering, StopWords, Talk, Turn
 from lora_kit.types import Conversation, Example
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_MARK = "lora-kit was here"
+_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 TOOL_PROMPT = (
     "You can call functions. To call one, answer with <tool_call>{\"name\": ..., \"arguments\": {...}}</tool_call> "
@@ -58,51 +64,69 @@ def load_tokenizer(folder: Path | str):
                          "check the model folder") from None
 
 
-def encode(tokenizer, conversation: Conversation, *, tools_mode: str = "template") -> Example:
-    """Token ids of a conversation and a mask of the tokens to train on.
+def encode(tokenizer, conversation: Conversation, *, tools_mode: str = "template", train_on: str = "all",
+           stop_tokens: str = "required", changed_turns: str = "split") -> list[Example]:
+    """Token ids of a conversation and masks of the tokens to train on.
+
+    One example, or several where the template changes earlier turns as the conversation grows: each has the turns
+    that stand in it as the model will meet them, and each turn is trained on in one of them. They all have the
+    conversation's origin. When no turn is trained on (weight 0), the one example has a mask of zeros.
 
     Args:
-        conversation: whose assistant turns are trained on; of a ``text`` row, every token.
+        conversation: whose assistant turns are trained on, except those of weight 0; of a ``text`` row, every token.
         tools_mode: ``template`` or ``system``; see the recipe's ``data.tools``.
+        train_on: ``all`` assistant turns, the ``last`` only, or ``everything``; see ``data.train_on``.
+        stop_tokens: ``required`` or ``optional``; see ``data.stop_tokens``.
+        changed_turns: ``split`` or ``error``; see ``data.changed_turns``.
 
     Returns:
-        Example with tokens_T int32 and loss_mask_T uint8; each trained turn includes its stop token.
+        Examples with tokens_T int32 and loss_mask_T uint8; each trained turn includes its stop token.
 
     Raises:
-        DataError: the template cannot render this conversation, ends a turn without a stop token, or rewrites
-            what an earlier turn says.
+        DataError: the template cannot render this conversation, leaves out or rewrites a message, ends a trained turn
+            without a stop token that is trained on, or writes two BOS tokens.
         RecipeError: the conversation has tools or calls and the template ignores them.
+        ModelError: the tokenizer has no template, or cannot tell which characters a token stands for.
     """
-    import numpy
-
+    if not tokenizer.is_fast:
+        raise ModelError("model", "this tokenizer cannot tell which characters a token stands for",
+                         "use a model folder with a tokenizer.json")
     if conversation.trains_all:
-        ids = list(tokenizer(conversation.messages[0].content, add_special_tokens=True)["input_ids"])
-        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-            ids.append(tokenizer.eos_token_id)
-        return Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=numpy.ones(len(ids), numpy.uint8),
-                       origin=conversation.origin)
-    messages, tools = rendered_form(conversation, tools_mode)
-    _check_tools_reach(tokenizer, messages, tools, conversation.origin)
-    text, turns = _assistant_turns(tokenizer, messages, tools, conversation.origin)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    special_ids = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    mask = numpy.zeros(len(ids), numpy.uint8)
-    for start, content_end, end in turns:
-        inside = [t for t, (low, high) in enumerate(offsets) if low >= start and high <= end and high > low]
-        stops = [t for t in inside if ids[t] in special_ids and offsets[t][0] >= content_end]
-        if not stops:
-            raise DataError(conversation.origin, "the chat template ends an assistant turn without a stop token",
-                            "name another with model.template")
-        # The first special token after the answer ends it. What the template writes behind it (a newline in
-        # ChatML, an end of text in Phi) is never generated: not trained on.
-        mask[inside[0]:stops[0] + 1] = 1
-    return Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=mask, origin=conversation.origin)
+        return [_plain_text(tokenizer, conversation, stop_tokens)]
+    talk = _talk(tokenizer, conversation, tools_mode)
+    spoken = [index for index, message in enumerate(talk.messages) if message["role"] == "assistant"]
+    weights = [message.weight for message in conversation.messages if message.role == "assistant"]
+    wanted = [index for index, weight in zip(spoken, weights, strict=True) if weight]
+    if train_on == "last":
+        wanted = [index for index in wanted if index == spoken[-1]]
+    renderings = talk.renderings(wanted, changed=changed_turns)
+    if not renderings or train_on == "everything" and renderings[-1].num_messages < len(talk.messages):
+        renderings.append(Rendering(text=talk.whole, num_messages=len(talk.messages), turns=()))
+    examples = []
+    for rendering in renderings:
+        ids, mask_T = _masked(tokenizer, talk, rendering, stop_tokens)
+        if train_on == "everything" and rendering is renderings[-1]:
+            mask_T = _everything(tokenizer, talk, rendering, mask_T, spoken)
+        examples.append(Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=mask_T, origin=talk.origin))
+    return examples
+
+
+def check_stops(tokenizer, tokens: numpy.ndarray, mask: numpy.ndarray) -> None:
+    """RecipeError unless a stop token is trained on in ``tokens`` (of all examples, with their ``mask``).
+
+    The turns' ends may have been cut off (``data.too_long: cut_end``): a model trained so would not learn to stop.
+    """
+    trained = numpy.unique(numpy.asarray(tokens)[numpy.asarray(mask) == 1])
+    if tokenizer.eos_token_id not in trained and not numpy.isin(stop_token_ids(tokenizer), trained).any():
+        raise RecipeError("data.stop_tokens", "no stop token would be trained on, so the model would not learn to stop",
+                          "raise data.max_tokens when ends are cut off, or set data.stop_tokens: optional")
 
 
 def count_tokens(tokenizer, conversation: Conversation, *, tools_mode: str = "template") -> int:
     """How many tokens :func:`encode` makes of a conversation, without finding its mask, which takes longer."""
     messages, tools = rendered_form(conversation, tools_mode)
+    if conversation.trains_all:
+        return len(_plain_ids(tokenizer, conversation))
     text = render(tokenizer, messages, tools, add_generation_prompt=False, origin=conversation.origin)
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -113,7 +137,9 @@ def prompt_ids(tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, 
     if tools_mode == "system":
         messages, tools = _tools_into_system(messages, tools or [])
     text = render(tokenizer, messages, tools, add_generation_prompt=True, origin="prompt")
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    _check_bos(tokenizer, ids, "prompt")
+    return ids
 
 
 def stop_token_ids(tokenizer) -> tuple[int, ...]:
@@ -124,8 +150,10 @@ def stop_token_ids(tokenizer) -> tuple[int, ...]:
 
         probe = Conversation(messages=(Message(role="user", content="a"), Message(role="assistant", content="b")),
                              origin="probe")
-        example = encode(tokenizer, probe)
-        found.add(int(example.tokens_T[example.loss_mask_T.nonzero()[0][-1]]))
+        turn = _talk(tokenizer, probe, "template").turn(1)
+        if turn.stop:
+            ids, offsets = _tokens_of(tokenizer, turn.text)
+            found.add(int(ids[_stop_at(ids, offsets, turn)]))
     return tuple(sorted(found))
 
 
@@ -169,51 +197,138 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _assistant_turns(tokenizer, messages, tools, origin) -> tuple[str, list[tuple[int, int, int]]]:
-    """The rendered text, and of each assistant turn where it starts, where its content ends and where it ends at most.
+def _talk(tokenizer, conversation: Conversation, tools_mode: str) -> Talk:
+    messages, tools = rendered_form(conversation, tools_mode)
 
-    A turn starts where the generation prompt for it ends. Some templates render a turn differently once others
-    follow (Qwen3 adds an empty reasoning block to the last answer, Phi an end of text): then it ends where its
-    content does, and a turn whose content is rewritten is refused.
+    def rendered(messages: list[dict], tools: list[dict], add_generation_prompt: bool) -> str:
+        return render(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt,
+                      origin=conversation.origin)
+
+    added = list(tokenizer.added_tokens_decoder.values())
+    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    stops = StopWords(special=sorted(special), other=[token.content for token in added if token.content not in special])
+    return Talk(messages, tools, rendered, stops, origin=conversation.origin,
+                shift=len(messages) - len(conversation.messages))
+
+
+def _tokens_of(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a rendered text, and which characters each stands for."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(encoded["input_ids"]), encoded["offset_mapping"]
+
+
+def _masked(tokenizer, talk: Talk, rendering: Rendering, stop_tokens: str) -> tuple[list[int], numpy.ndarray]:
+    """Token ids of a rendering and the mask (T,) of its turns."""
+    ids, offsets = _tokens_of(tokenizer, rendering.text)
+    _check_bos(tokenizer, ids, talk.origin)
+    marked = _marked_by_template(tokenizer, talk, rendering, ids)
+    mask_T = numpy.zeros(len(ids), numpy.uint8)
+    for turn in rendering.turns:
+        # Only tokens that begin in the turn: one that begins before it holds the prompt's characters too.
+        inside = [t for t, (low, high) in enumerate(offsets) if turn.start <= low < turn.end and high > low]
+        if not turn.stop:
+            # The last token may hold characters of what follows: not trained on either.
+            inside = [t for t in inside if offsets[t][1] <= turn.end]
+        stop = _stop_at(ids, offsets, turn) if turn.stop else None
+        if turn.stop is None and stop_tokens == "required":
+            raise DataError(talk.origin, "the chat template ends an assistant turn without a stop token",
+                            "name another with model.template, or set data.stop_tokens: optional")
+        if turn.prompt_lost:
+            _tell_once(tokenizer, "prompt", f"the chat template's generation prompt ends in {turn.prompt_lost!r}, "
+                       f"which its render of an answer lacks (seen at {talk.origin}); answers are trained without it")
+        trained = set(range(inside[0], (inside[-1] if stop is None else stop) + 1)) if inside else set()
+        if marked is not None:
+            by_markers = {t for t in marked if turn.start <= offsets[t][0] < len(turn.text)}
+            if by_markers != trained:
+                _tell_once(tokenizer, "markers", "the chat template's generation markers cover "
+                           f"{_decoded(tokenizer, ids, by_markers)!r} where the turn it renders is "
+                           f"{_decoded(tokenizer, ids, trained)!r} (seen at {talk.origin}); the markers are followed")
+            trained = by_markers
+        if stop_tokens == "required" and stop not in trained:
+            raise DataError(talk.origin, "the chat template's generation markers leave out the stop token",
+                            "mend the template, or set data.stop_tokens: optional")
+        mask_T[sorted(trained)] = 1
+    return ids, mask_T
+
+
+def _stop_at(ids: list[int], offsets: list[tuple[int, int]], turn: Turn) -> int:
+    """The position of a turn's stop token. It may take in white space around it, so that its offsets are wider."""
+    start, end = turn.stop
+    return next(t for t, (low, high) in enumerate(offsets) if low <= start and high >= end)
+
+
+def _marked_by_template(tokenizer, talk: Talk, rendering: Rendering, ids: list[int]) -> set[int] | None:
+    """Positions of the tokens between the template's generation markers; None when it has no markers."""
+    if not _MARKERS.search(tokenizer.get_chat_template(None, talk.tools or None)):
+        return None
+    marked = tokenizer.apply_chat_template(
+        talk.messages[:rendering.num_messages], tools=talk.tools or None, tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True)
+    assert list(marked["input_ids"]) == ids, f"{talk.origin}: the tokens change with the markers"
+    return {t for t, flag in enumerate(marked["assistant_masks"]) if flag}
+
+
+def _everything(tokenizer, talk: Talk, rendering: Rendering, mask_T: numpy.ndarray, spoken: list[int]) -> numpy.ndarray:
+    """A mask (T,) of the whole conversation, except what is trained on elsewhere or not at all.
+
+    Left out are turns of weight 0, and earlier turns in the form into which the template changed them.
     """
-    whole = render(tokenizer, messages, tools, add_generation_prompt=False, origin=origin)
-    turns = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+    offsets = _tokens_of(tokenizer, rendering.text)[1]
+    everything_T = numpy.ones_like(mask_T)
+    served = {turn.index for turn in rendering.turns}
+    for index in spoken:
+        if index in served:
             continue
-        before = render(tokenizer, messages[:index], tools, add_generation_prompt=True, origin=origin)
-        after = render(tokenizer, messages[:index + 1], tools, add_generation_prompt=False, origin=origin)
-        stable = after.startswith(before) and whole.startswith(after)
-        content_end = None if message.get("tool_calls") else _end_of_content(tokenizer, messages, tools, index, whole)
-        if not whole.startswith(before) or (content_end is None and not stable):
-            raise DataError(origin, f"the chat template renders message {index + 1} differently as the conversation "
-                            "grows, so its tokens cannot be told apart", "name another with model.template")
-        end = len(after) if stable else len(whole)
-        if content_end is None:
-            content_end = _last_special(tokenizer, whole, len(before), end)
-        turns.append((len(before), content_end, end))
-    return whole, turns
+        turn = talk.turn(index)
+        span = (turn.start, turn.end) if talk.whole.startswith(turn.text[:turn.end]) else talk.span_in_whole(index)
+        outside = [not (low < span[1] and high > span[0]) for low, high in offsets]
+        everything_T &= numpy.array(outside, numpy.uint8)
+    return everything_T | mask_T
 
 
-def _end_of_content(tokenizer, messages, tools, index: int, whole: str) -> int | None:
-    """Where the content of message ``index`` ends in ``whole``, None when the template changes it.
-
-    Found by rendering other words in its place: searched for, a short answer ("k") would be found in the
-    template's own words (<think>).
-    """
-    marked = [*messages[:index], {**messages[index], "content": _MARK}, *messages[index + 1:]]
-    position = render(tokenizer, marked, tools, add_generation_prompt=False, origin="").find(_MARK)
-    content = messages[index].get("content") or ""
-    for text in (content, content.strip()):
-        if position >= 0 and whole.startswith(text, position):
-            return position + len(text)
-    return None
+def _plain_text(tokenizer, conversation: Conversation, stop_tokens: str) -> Example:
+    if tokenizer.eos_token_id is None and stop_tokens == "required":
+        raise DataError(conversation.origin, "the tokenizer has no end-of-text token to end the text with",
+                        "set data.stop_tokens: optional to train without one")
+    ids = _plain_ids(tokenizer, conversation)
+    _check_bos(tokenizer, ids, conversation.origin)
+    return Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=numpy.ones(len(ids), numpy.uint8),
+                   origin=conversation.origin)
 
 
-def _last_special(tokenizer, text: str, start: int, end: int) -> int:
-    """Where the last special token in ``text[start:end]`` begins: a turn of tool calls may hold several."""
-    positions = [text.rfind(token.content, start, end) for token in tokenizer.added_tokens_decoder.values()]
-    return max(positions, default=end) if max(positions, default=-1) >= 0 else end
+def _plain_ids(tokenizer, conversation: Conversation) -> list[int]:
+    ids = list(tokenizer(conversation.messages[0].content, add_special_tokens=True)["input_ids"])
+    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def _check_bos(tokenizer, ids: list[int], origin: str) -> None:
+    """DataError for two BOS tokens; a caution when there is none where the tokenizer would write one."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return
+    if ids[:2] == [bos, bos]:
+        raise DataError(origin, f"begins with two BOS tokens ({tokenizer.bos_token})",
+                        "take one out of the chat template, or out of the row when it is plain text")
+    if ids[:1] != [bos] and tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]:
+        _tell_once(tokenizer, "bos", f"the chat template writes no BOS token ({tokenizer.bos_token}), which the "
+                   "tokenizer writes before plain text; the template is followed")
+
+
+def _decoded(tokenizer, ids: list[int], positions: set[int]) -> str:
+    return tokenizer.decode([ids[t] for t in sorted(positions)])
+
+
+_told: set[tuple[str | None, str]] = set()
+
+
+def _tell_once(tokenizer, about: str, text: str) -> None:
+    """A caution about a template, at the first row that shows it: its others would say the same."""
+    key = (template_sha256(tokenizer), about)
+    if key not in _told:
+        _told.add(key)
+        tell(Caution(text=text))
 
 
 def _tools_into_system(messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -234,17 +349,3 @@ def _tools_into_system(messages: list[dict], tools: list[dict]) -> tuple[list[di
         else:
             plain.insert(0, {"role": "system", "content": text})
     return plain, []
-
-
-def _check_tools_reach(tokenizer, messages, tools, origin) -> None:
-    """RecipeError when the template drops the tools or the calls: it would train on nothing of them."""
-    if not tools and not any(message.get("tool_calls") for message in messages):
-        return
-    whole = render(tokenizer, messages, tools, add_generation_prompt=False, origin=origin)
-    names = [tool.get("function", tool).get("name", "") for tool in tools]
-    called = [call.get("function", call).get("name", "") for message in messages
-              for call in message.get("tool_calls") or ()]
-    without = render(tokenizer, messages, None, add_generation_prompt=False, origin=origin)
-    if (tools and whole == without) or any(name not in whole for name in [*names, *called]):
-        raise RecipeError("data.tools", f"the model's chat template ignores tools (seen at {origin})",
-                          "set data.tools: system, which puts them into the system message")

@@ -36,6 +36,7 @@ from lora_kit.types import Conversation, Example, Result
 SECTIONS = ("data", "seed")
 _NAMED_ROWS = 3
 _PREVIEW_ROWS = 3
+_SPLIT = "made several examples, as the chat template changes earlier turns"
 
 
 def stage(recipe: Recipe, run: Run) -> Result:
@@ -109,6 +110,9 @@ class _Preparation:
             self._check_balance(split)
         if not self.counts["train"]["rows_used"]:
             raise DataError("data.train", "no row is left to train on", self._reasons_text("train"))
+        if self.recipe.data.stop_tokens == "required":
+            train = tokens.read_examples(self.out_dir, "train")
+            chat.check_stops(self.tokenizer, train.tokens, train.mask)
         with open(self.out_dir / "held_out.jsonl", "w", encoding="utf-8") as file:
             for conversation in self.used["held_out"]:
                 file.write(to_json(conversation) + "\n")
@@ -222,33 +226,41 @@ class _Preparation:
         for row, conversation in zip(self._mapped(conversations), conversations, strict=True):
             if row["refused"]:
                 refused.append((conversation.origin, row["refused"]))
-                self._drop(split, conversation.origin, row["refused"], 0)
+                self._leave(split, conversation.origin, row["refused"], 0)
+                counts["rows_dropped"] += 1
                 if len(refused) > data.max_dropped * len(conversations):
                     raise DataError(refused[0][0], f"{refused[0][1]}; that befell more rows than data.max_dropped "
                                     f"allows ({data.max_dropped:g})", row["todo"])
                 continue
-            example = Example(tokens_T=numpy.array(row["tokens"], numpy.int32),
-                              loss_mask_T=numpy.array(row["mask"], numpy.uint8), origin=conversation.origin)
-            length = len(example.tokens_T)
-            counts["tokens_in"] += length
             if id(conversation) in self.uncut:
                 counts["tokens_in"] += row["tokens_after"]
                 counts["tokens_cut"] += row["tokens_after"]
                 self.reasons[split, "", "messages after max_turns cut off"].append(conversation.origin)
-            if length > data.max_tokens:
-                example = self._shortened(split, conversation, example)
-            if example is not None and not example.loss_mask_T[1:].any():
-                self._drop(split, conversation.origin, "no trained token left", len(example.tokens_T))
-                example = None
-            if example is None:
-                continue
-            num_trained = int(example.loss_mask_T[1:].sum())  # nothing predicts the first token
-            counts.update(rows_used=1, tokens_trained=num_trained, tokens_context=len(example.tokens_T) - num_trained)
-            self.used[split].append(conversation)
-            yield example
+            if len(row["tokens"]) > 1:
+                self.reasons[split, "", _SPLIT].append(conversation.origin)
+            num_used = 0
+            for ids, mask in zip(row["tokens"], row["mask"], strict=True):
+                example = Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=numpy.array(mask, numpy.uint8),
+                                  origin=conversation.origin)
+                length = len(example.tokens_T)
+                counts["tokens_in"] += length
+                if length > data.max_tokens:
+                    example = self._shortened(split, conversation, example)
+                if example is not None and not example.loss_mask_T[1:].any():
+                    self._leave(split, conversation.origin, "no trained token left", len(example.tokens_T))
+                    example = None
+                if example is None:
+                    continue
+                num_trained = int(example.loss_mask_T[1:].sum())  # nothing predicts the first token
+                counts.update(tokens_trained=num_trained, tokens_context=len(example.tokens_T) - num_trained)
+                num_used += 1
+                yield example
+            counts.update(rows_used=int(num_used > 0), rows_dropped=int(num_used == 0))
+            if num_used:
+                self.used[split].append(conversation)
 
     def _mapped(self, conversations: list[Conversation]):
-        """For each conversation its tokens and mask, and the tokens of what ``max_turns`` cut off; or why not."""
+        """Tokens and masks of each conversation's examples, and the tokens that ``max_turns`` cut off; or why not."""
         import datasets
 
         datasets.disable_progress_bars()
@@ -259,25 +271,26 @@ class _Preparation:
             "row": [to_json(conversation) for conversation in conversations],
             "whole": [to_json(found[1]) if found else "" for found in uncut],
         })
-        tokenizer, tools_mode = self.tokenizer, self.recipe.data.tools
+        tokenizer, options, tools_mode = self.tokenizer, self.recipe.data.encoding, self.recipe.data.tools
 
         def encode(row: str, whole: str) -> dict[str, Any]:
             try:
-                example = chat.encode(tokenizer, from_json(row), tools_mode=tools_mode)
+                examples = chat.encode(tokenizer, from_json(row), **options)
                 length = chat.count_tokens(tokenizer, from_json(whole), tools_mode=tools_mode) if whole else 0
             except DataError as error:
-                nothing = numpy.zeros(0, numpy.int32)
-                return {"tokens": nothing, "mask": nothing.astype(numpy.uint8), "tokens_after": 0,
-                        "refused": error.what, "todo": error.todo}
-            return {"tokens": example.tokens_T, "mask": example.loss_mask_T, "refused": "", "todo": "",
-                    "tokens_after": length - len(example.tokens_T) if whole else 0}
+                return {"tokens": [], "mask": [], "tokens_after": 0, "refused": error.what, "todo": error.todo}
+            return {"tokens": [example.tokens_T for example in examples],
+                    "mask": [example.loss_mask_T for example in examples], "refused": "", "todo": "",
+                    # What the template takes back from earlier turns as a conversation grows can exceed what is cut.
+                    "tokens_after": max(0, length - len(examples[-1].tokens_T)) if whole else 0}
 
         def encode_all(batch: dict[str, list[str]]) -> dict[str, list]:
             encoded = [encode(row, whole) for row, whole in zip(batch["row"], batch["whole"], strict=True)]
             return {name: [row[name] for row in encoded] for name in features}
 
         features = datasets.Features({
-            "tokens": datasets.List(datasets.Value("int32")), "mask": datasets.List(datasets.Value("uint8")),
+            "tokens": datasets.List(datasets.List(datasets.Value("int32"))),
+            "mask": datasets.List(datasets.List(datasets.Value("uint8"))),
             "tokens_after": datasets.Value("int32"),
             "refused": datasets.Value("string"), "todo": datasets.Value("string"),
         })
@@ -291,14 +304,15 @@ class _Preparation:
             raise DataError(conversation.origin, f"has {length} tokens, over data.max_tokens ({most})",
                             "raise it, or set data.too_long: drop or cut_end")
         if policy == "drop":
-            self._drop(split, conversation.origin, f"over {most} tokens", length)
+            self._leave(split, conversation.origin, f"over {most} tokens", length)
             return None
         self.counts[split]["tokens_cut"] += length - most
         self.reasons[split, "", f"end cut off at {most} tokens"].append(conversation.origin)
         return Example(tokens_T=example.tokens_T[:most], loss_mask_T=example.loss_mask_T[:most], origin=example.origin)
 
-    def _drop(self, split: str, origin: str, reason: str, num_tokens: int) -> None:
-        self.counts[split].update(rows_dropped=1, tokens_dropped=num_tokens)
+    def _leave(self, split: str, origin: str, reason: str, num_tokens: int) -> None:
+        """Note an example that is not used; its row is dropped when it has no other."""
+        self.counts[split]["tokens_dropped"] += num_tokens
         self.reasons[split, "", reason].append(origin)
 
     def _check_balance(self, split: str) -> None:
@@ -334,8 +348,9 @@ class _Preparation:
 
 
 def _text_of(conversation: Conversation) -> str:
-    """What a conversation says, without where it comes from."""
-    return to_json(replace(conversation, origin=""))
+    """What a conversation says, without where it comes from and what of it is trained on."""
+    messages = tuple(replace(message, weight=1) for message in conversation.messages)
+    return to_json(replace(conversation, origin="", messages=messages))
 
 
 def masked_text(tokenizer, example: Example) -> str:

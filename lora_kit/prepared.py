@@ -24,7 +24,7 @@ from lora_kit.recipe import DataSource, Recipe
 from lora_kit.sources import Resolved
 
 _PACKAGE = Path(__file__).parent
-_CODE = ("chat.py", "data.py", "records.py", "rows.py", "tokens.py", "types.py", "formats")
+_CODE = ("chat.py", "data.py", "records.py", "rows.py", "tokens.py", "turns.py", "types.py", "formats")
 
 
 @dataclass(frozen=True, kw_only=True)

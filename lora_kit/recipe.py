@@ -111,8 +111,23 @@ class DataSection(Section):
     tools: Literal["template", "system"] = "template"
     """How tool definitions reach the model: through the chat template, or as JSON in the system message where
     the template ignores them. The same in training, eval and export."""
+    train_on: Literal["all", "last", "everything"] = "all"
+    """Which tokens are trained on: all assistant turns, the last one of each conversation only, or everything, the
+    prompts too. A turn whose message has `weight: 0` never is. Plain text is trained on whole."""
+    stop_tokens: Literal["required", "optional"] = "required"
+    """required: an example that would train a turn without the stop token that ends it is an error, because the
+    model would not learn to stop. optional: such examples are used."""
+    changed_turns: Literal["split", "error"] = "split"
+    """What happens to a turn that the chat template renders differently once others follow (reasoning stripped from
+    history): split makes an example of its own of it, rendered as it is when it is the last; error refuses the row."""
     max_dropped: Annotated[float, Field(ge=0, le=1), _NumberOnly] = 0.1
     """Largest share of rows that may be unusable before the data stage fails."""
+
+    @property
+    def encoding(self) -> dict[str, str]:
+        """What ``chat.encode`` takes of this section."""
+        return {"tools_mode": self.tools, "train_on": self.train_on, "stop_tokens": self.stop_tokens,
+                "changed_turns": self.changed_turns}
 
 
 class LoraSection(Section):

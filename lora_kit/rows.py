@@ -70,7 +70,8 @@ def rows_of(source: Source, resolved: Resolved) -> Iterator[tuple[str, dict[str,
 def to_json(conversation: Conversation) -> str:
     """``conversation`` as one line of JSON."""
     return json.dumps({
-        "messages": [message.as_dict() for message in conversation.messages], "tools": list(conversation.tools),
+        "messages": [message.as_dict() | ({} if message.weight else {"weight": 0})
+                     for message in conversation.messages], "tools": list(conversation.tools),
         "origin": conversation.origin, "trains_all": conversation.trains_all,
     }, ensure_ascii=False)
 

@@ -11,16 +11,20 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn. ``content`` may be None for an assistant turn that only calls tools."""
+    """One turn. ``content`` may be None for an assistant turn that only calls tools.
+
+    ``weight`` 0 marks an assistant turn that is not trained on; on other roles it has no effect.
+    """
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
+    weight: Literal[0, 1] = 1
 
     def as_dict(self) -> dict[str, Any]:
-        """The message as chat templates read it: keys without a value are left out."""
+        """The message as chat templates read it: keys without a value, and the weight, are left out."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             fields["tool_calls"] = list(self.tool_calls)

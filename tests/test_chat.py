@@ -81,10 +81,19 @@ def talk(*contents: str | None, system: str | None = None, **fields) -> Conversa
 
 
 def trained_texts(tokenizer, conversation, **options) -> list[str]:
-    """The texts of the spans that are trained on."""
-    example = encode(tokenizer, conversation, **options)
-    edges = np.flatnonzero(np.diff(example.loss_mask_T.astype(int), prepend=0, append=0))
-    return [tokenizer.decode(example.tokens_T[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    """The texts of the spans that are trained on, in all examples."""
+    found = []
+    for example in encode(tokenizer, conversation, **options):
+        edges = np.flatnonzero(np.diff(example.loss_mask_T.astype(int), prepend=0, append=0))
+        spans = zip(edges[::2], edges[1::2], strict=True)
+        found += [tokenizer.decode(example.tokens_T[start:end]) for start, end in spans]
+    return found
+
+
+def only(tokenizer, conversation, **options):
+    """The one example of a conversation."""
+    example, = encode(tokenizer, conversation, **options)
+    return example
 
 
 TEMPLATES = {
@@ -111,7 +120,7 @@ def test_each_answer_is_trained_on_with_its_stop_token_and_nothing_else(name, to
 def test_the_prompt_of_each_answer_is_what_the_mask_leaves_out(name, tokenizer_with):
     tokenizer = tokenizer_with(TEMPLATES[name][0])
     conversation = talk("Hi", "Hello", "And you?", "Good", "Bye", "Bye")
-    example = encode(tokenizer, conversation)
+    example = only(tokenizer, conversation)
     starts = np.flatnonzero(np.diff(example.loss_mask_T.astype(int), prepend=0) == 1)
     messages = [message.as_dict() for message in conversation.messages]
     for turn, start in enumerate(starts):
@@ -121,7 +130,7 @@ def test_the_prompt_of_each_answer_is_what_the_mask_leaves_out(name, tokenizer_w
 
 
 def test_the_tokens_are_those_of_the_rendered_text(chatml):
-    example = encode(chatml, talk("Hi", "Hello"))
+    example = only(chatml, talk("Hi", "Hello"))
     assert chatml.decode(example.tokens_T) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n")
     assert (example.tokens_T.dtype, example.loss_mask_T.dtype) == (np.int32, np.uint8)
@@ -130,9 +139,9 @@ def test_the_tokens_are_those_of_the_rendered_text(chatml):
 
 def test_tokens_are_counted_as_they_are_encoded(chatml, tokenizer_with):
     for conversation in (talk("Hi", "Hello"), talk("Hi", "Hello", "And?", "Fine", system="Be kind.")):
-        assert chat.count_tokens(chatml, conversation) == len(encode(chatml, conversation).tokens_T)
+        assert chat.count_tokens(chatml, conversation) == len(only(chatml, conversation).tokens_T)
     for mode in ("template", "system"):
-        encoded = encode(tokenizer_with(TOOLS), tool_talk(), tools_mode=mode)
+        encoded = only(tokenizer_with(TOOLS), tool_talk(), tools_mode=mode)
         assert chat.count_tokens(tokenizer_with(TOOLS), tool_talk(), tools_mode=mode) == len(encoded.tokens_T)
 
 
@@ -143,28 +152,36 @@ def test_tokens_are_counted_as_they_are_encoded(chatml, tokenizer_with):
 def test_an_answer_that_looks_like_the_template_is_trained_on_whole(answer, tokenizer_with):
     for template in (tiny.CHATML, PHI, QWEN3):
         texts = trained_texts(tokenizer_with(template), talk("Hi", answer, "Hi", answer))
-        assert len(texts) == 2 or "<|im_end|>" in answer
-        assert texts[0].startswith(answer) and texts[-1].endswith(f"{answer}<|im_end|>")
+        thought = "<think>\n\n</think>\n\n" if template is QWEN3 else ""
+        assert texts == [f"{thought}{answer}<|im_end|>"] * 2
 
 
-def test_a_template_that_dresses_the_last_answer_serves(tokenizer_with):
+def test_a_turn_that_the_template_changes_later_is_an_example_of_its_own(tokenizer_with):
     tokenizer = tokenizer_with(QWEN3)
     assert trained_texts(tokenizer, talk("Hi", "One")) == ["<think>\n\n</think>\n\nOne<|im_end|>"]
+    examples = encode(tokenizer, talk("Hi", "One", "On", "Two"))
+    assert [tokenizer.decode(example.tokens_T) for example in examples] == [
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nOne<|im_end|>\n",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nOne<|im_end|>\n"
+        "<|im_start|>user\nOn<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nTwo<|im_end|>\n"]
+    assert {example.origin for example in examples} == {"rows.jsonl:7"}
     assert trained_texts(tokenizer, talk("Hi", "One", "On", "Two")) == [
-        "One<|im_end|>", "<think>\n\n</think>\n\nTwo<|im_end|>"]
+        "<think>\n\n</think>\n\nOne<|im_end|>", "<think>\n\n</think>\n\nTwo<|im_end|>"]
 
 
 def test_plain_text_is_trained_on_whole_and_ends(chatml):
-    example = encode(chatml, talk("once upon a time", trains_all=True))
+    example = only(chatml, talk("once upon a time", trains_all=True))
     assert chatml.decode(example.tokens_T) == "once upon a time<|im_end|>"
     assert example.loss_mask_T.all() and len(example.tokens_T) == 17
-    assert encode(chatml, talk("ended<|im_end|>", trains_all=True)).tokens_T.tolist().count(2) == 1
+    assert only(chatml, talk("ended<|im_end|>", trains_all=True)).tokens_T.tolist().count(2) == 1
 
 
 def test_plain_text_serves_a_tokenizer_without_an_end(tmp_path):
     tokenizer = tiny.save_tokenizer(tmp_path)
     tokenizer.eos_token = None
-    assert len(encode(tokenizer, talk("four", trains_all=True)).tokens_T) == 4
+    assert len(only(tokenizer, talk("four", trains_all=True), stop_tokens="optional").tokens_T) == 4
+    with pytest.raises(DataError, match="has no end-of-text token to end the text with; set data.stop_tokens: opt"):
+        encode(tokenizer, talk("four", trains_all=True))
 
 
 # ---- refusals --------------------------------------------------------------------------
@@ -176,8 +193,8 @@ def test_a_template_that_rewrites_history_is_refused_by_name(tokenizer_with):
     assert str(caught.value) == (
         "rows.jsonl:7: the chat template renders message 2 differently as the conversation grows, so its tokens cannot "
         "be told apart; name another with model.template")
-    with pytest.raises(DataError, match="renders message 2 differently"):
-        encode(tokenizer_with(QWEN3), talk("Hi", "<think>hm</think>One", "On", "Two"))
+    with pytest.raises(DataError, match="rows.jsonl:7: the chat template changes what message 2 says; name another"):
+        encode(tokenizer_with(QWEN3), talk("Hi", "<think>hm</think>One", "On", "Two"))  # drops the reasoning at once
 
 
 def test_a_template_without_stop_tokens_is_refused(tokenizer_with):
@@ -228,7 +245,7 @@ def test_tools_reach_the_model_through_a_template_that_has_them(tokenizer_with):
     texts = trained_texts(tokenizer, tool_talk())
     assert len(texts) == 2 and texts[1] == "It rains.<|im_end|>"
     assert texts[0].startswith("<tool_call>") and texts[0].endswith("</tool_call><|im_end|>") and "weather" in texts[0]
-    assert '"parameters"' in tokenizer.decode(encode(tokenizer, tool_talk()).tokens_T)
+    assert '"parameters"' in tokenizer.decode(only(tokenizer, tool_talk()).tokens_T)
 
 
 def test_a_template_that_ignores_tools_is_an_error_with_a_way_out(chatml):
@@ -250,7 +267,7 @@ def test_calls_without_content_point_to_the_system_message(chatml):
 
 @pytest.mark.parametrize("content", [None, "", "Let me look. "])
 def test_tools_in_the_system_message(chatml, content):
-    example = encode(chatml, tool_talk(content), tools_mode="system")
+    example = only(chatml, tool_talk(content), tools_mode="system")
     text = chatml.decode(example.tokens_T)
     assert text.startswith(f"<|im_start|>system\n{chat.TOOL_PROMPT}[{json.dumps(WEATHER['function'])}]<|im_end|>\n")
     assert "<|im_start|>tool\n<tool_response>rain</tool_response><|im_end|>" in text
@@ -261,20 +278,20 @@ def test_tools_in_the_system_message(chatml, content):
 
 def test_a_system_message_of_the_row_s_own_stays_before_the_tools(chatml):
     conversation = talk("Hi", "Hello", system="Be kind.", tools=(WEATHER,))
-    text = chatml.decode(encode(chatml, conversation, tools_mode="system").tokens_T)
+    text = chatml.decode(only(chatml, conversation, tools_mode="system").tokens_T)
     assert text.startswith(f"<|im_start|>system\nBe kind.\n\n{chat.TOOL_PROMPT}")
 
 
 def test_without_tools_the_system_mode_changes_nothing(chatml):
-    assert encode(chatml, talk("Hi", "Hello"), tools_mode="system").tokens_T.tolist() == (
-        encode(chatml, talk("Hi", "Hello")).tokens_T.tolist())
+    assert only(chatml, talk("Hi", "Hello"), tools_mode="system").tokens_T.tolist() == (
+        only(chatml, talk("Hi", "Hello")).tokens_T.tolist())
 
 
 @pytest.mark.parametrize("mode", ["template", "system"])
 def test_tools_are_the_same_in_training_and_in_a_prompt(mode, tokenizer_with):
     tokenizer = tokenizer_with(TOOLS)
     conversation = tool_talk("")
-    example = encode(tokenizer, conversation, tools_mode=mode)
+    example = only(tokenizer, conversation, tools_mode=mode)
     starts = np.flatnonzero(np.diff(example.loss_mask_T.astype(int), prepend=0) == 1)
     messages = [message.as_dict() for message in conversation.messages]
     for start, end in zip(starts, (1, 3), strict=True):
@@ -342,6 +359,6 @@ def test_the_default_base_trains_on_its_answers(smollm2_base):
     conversation = talk("Hi", "Hello there.", "And you?", "Fine. 👍")
     assert trained_texts(tokenizer, conversation) == ["Hello there.<|im_end|>", "Fine. 👍<|im_end|>"]
     assert stop_token_ids(tokenizer) == (2,)
-    example = encode(tokenizer, conversation)
+    example = only(tokenizer, conversation)
     start = int(np.flatnonzero(example.loss_mask_T)[0])
     assert prompt_ids(tokenizer, [{"role": "user", "content": "Hi"}]) == example.tokens_T[:start].tolist()

@@ -285,7 +285,7 @@ def test_a_row_that_is_too_long_loses_its_end(place):
     place.write("rows.jsonl", [*ROWS, LONG])
     found = place.prepare("data.held_out_rows=0", "data.too_long=cut_end")
     counts, examples = counts_of(found), read_examples(found.folder, "train")
-    whole = len(chat.encode(place.tokenizer(), prepared_conversation(LONG)).tokens_T)
+    whole = len(chat.encode(place.tokenizer(), prepared_conversation(LONG))[0].tokens_T)
     assert counts["rows_used"] == 21 and examples.length(20) == 200
     assert counts["tokens_cut"] == whole - 200
     assert reasons_of(found) == {("train", "end cut off at 200 tokens"): 1}
@@ -320,8 +320,8 @@ def test_turns_after_max_turns_are_cut_and_counted(place):
     found = place.prepare("data.held_out_rows=0", train="[{source: rows.jsonl, max_turns: 3}]")
     tokenizer = place.tokenizer()
     short = sum(len(chat.encode(tokenizer, prepared_conversation(talk(*(
-        message["content"] for message in row["messages"][:2])))).tokens_T) for row in rows)
-    whole = sum(len(chat.encode(tokenizer, prepared_conversation(row)).tokens_T) for row in rows)
+        message["content"] for message in row["messages"][:2]))))[0].tokens_T) for row in rows)
+    whole = sum(len(chat.encode(tokenizer, prepared_conversation(row))[0].tokens_T) for row in rows)
     counts = counts_of(found)
     assert (counts["tokens_in"], counts["tokens_cut"]) == (whole, whole - short)
     assert reasons_of(found) == {("train", "messages after max_turns cut off"): 5}

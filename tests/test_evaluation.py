@@ -52,7 +52,7 @@ def tuned(base: Path, folder: Path) -> Path:
 
     tokenizer = chat.load_tokenizer(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    batch = tokens.batch_of([chat.encode(tokenizer, each) for each in CONVERSATIONS], 2, "cpu")
+    batch = tokens.batch_of([chat.encode(tokenizer, each)[0] for each in CONVERSATIONS], 2, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         loss = model(input_ids=batch.tokens_BT, attention_mask=batch.attention_mask_BT, labels=batch.labels_BT).loss
@@ -69,7 +69,8 @@ def make_run(folder: Path, artifacts: dict[str, Artifact], base: Path) -> FakeRu
     run.work("eval").mkdir()
     run.stage_dir("data").mkdir()
     tokenizer = chat.load_tokenizer(base)
-    tokens.write_examples(run.stage_dir("data"), "held_out", [chat.encode(tokenizer, each) for each in CONVERSATIONS])
+    examples = [example for each in CONVERSATIONS for example in chat.encode(tokenizer, each)]
+    tokens.write_examples(run.stage_dir("data"), "held_out", examples)
     (run.stage_dir("data") / "held_out.jsonl").write_text(
         "".join(rows.to_json(each) + "\n" for each in CONVERSATIONS))
     training = [{"messages": [{"role": "user", "content": f"train {n}"}, {"role": "assistant", "content": "yes"}]}

@@ -54,7 +54,7 @@ def test_rows_of_no_format_are_an_error(tmp_path):
 def test_a_conversation_survives_its_line(tmp_path):
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     conversation = Conversation(
-        messages=(Message(role="user", content="é\n"), Message(role="assistant", tool_calls=(call,)),
+        messages=(Message(role="user", content="é\n"), Message(role="assistant", tool_calls=(call,), weight=0),
                   Message(role="tool", content="3", name="f", tool_call_id="7")),
         tools=({"type": "function", "function": {"name": "f"}},), origin="a:1")
     assert rows.from_json(rows.to_json(conversation)) == conversation

@@ -24,7 +24,7 @@ def artifact(tiny_model) -> Artifact:
 @pytest.fixture
 def data_dir(tmp_path, tiny_model):
     tokenizer = chat.load_tokenizer(tiny_model)
-    tokens.write_examples(tmp_path, "held_out", [chat.encode(tokenizer, each) for each in CONVERSATIONS])
+    tokens.write_examples(tmp_path, "held_out", [chat.encode(tokenizer, each)[0] for each in CONVERSATIONS])
     return tmp_path
 
 

@@ -160,23 +160,21 @@ def check_characters(content: str | None) -> None:
         raise UnusableRow("broken characters") from None
 
 
-def message_of(raw: Any) -> Message:
-    """A message as OpenAI writes them: role, content, tool_calls, name, tool_call_id.
+def message_of(raw: Any, origin: str = "row") -> Message:
+    """A message as OpenAI writes them: role, content, tool_calls, name, tool_call_id, weight.
 
     ``developer`` is system, ``function`` is tool, and the older ``function_call`` is one
     tool call. Keys whose value is None count as absent (Arrow files fill them in).
 
     Raises:
-        UnusableRow: bad role, content is not text, broken tool call, assistant turn of weight 0.
+        UnusableRow: bad role, content is not text, broken tool call.
+        DataError: a weight other than 0 and 1, at ``origin``.
     """
     if not isinstance(raw, dict):
         raise UnusableRow("message is not an object")
     role = raw.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise UnusableRow("bad role")
-    if role == "assistant" and raw.get("weight") == 0:
-        # OpenAI's mark for "do not train on this turn": dropping it would train on it all the same.
-        raise UnusableRow("assistant turn of weight 0")
     calls = raw.get("tool_calls")
     if calls is None and raw.get("function_call") is not None:
         calls = [raw["function_call"]]
@@ -187,7 +185,23 @@ def message_of(raw: Any) -> Message:
         tool_calls=tool_calls_of(calls),
         name=name if isinstance(name, str) else None,
         tool_call_id=call_id if isinstance(call_id, str) else None,
+        weight=weight_of(raw.get("weight"), origin),
     )
+
+
+def weight_of(weight: Any, origin: str) -> int:
+    """OpenAI's mark of an assistant turn that is trained on (1, the default) or not (0); also a bool or 1.0.
+
+    Raises:
+        DataError: anything else. The rows mean something that training does not do, so this is no unusable row
+            to be counted: training on the others would not be what was asked for either.
+    """
+    if weight is None:
+        return 1
+    if not isinstance(weight, (int, float)) or weight not in (0, 1):
+        raise DataError(origin, f"a message has weight {weight!r}",
+                        "use 0 (not trained on) or 1; data.train[].weight weighs whole sources")
+    return int(weight)
 
 
 def text_of(content: Any) -> str | None:

@@ -1,7 +1,8 @@
 """OpenAI's chat format: ``messages`` with roles, and ``tools`` where there are any.
 
 The format of OpenAI's fine-tuning files and of most chat datasets on the hub. Content may
-be a list of text parts, arguments of a tool call an object or a JSON string of one.
+be a list of text parts, arguments of a tool call an object or a JSON string of one. An
+assistant's message with ``"weight": 0`` is not trained on.
 Standard library only; reads and writes nothing.
 """
 
@@ -50,4 +51,5 @@ def to_conversation(record: dict[str, Any], origin: str) -> Conversation:
     messages = record.get("messages")
     if not isinstance(messages, list):
         raise UnusableRow("no messages")
-    return conversation([message_of(raw) for raw in messages], origin=origin, tools=tools_of(record.get("tools")))
+    read = [message_of(raw, origin) for raw in messages]
+    return conversation(read, origin=origin, tools=tools_of(record.get("tools")))

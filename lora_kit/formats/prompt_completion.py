@@ -25,15 +25,16 @@ def fits(record: dict[str, Any]) -> bool:
 
 def to_conversation(record: dict[str, Any], origin: str) -> Conversation:
     """The prompt's messages, then the completion's, which must end in an assistant turn."""
-    messages = _messages(record.get("prompt"), "user") + _messages(record.get("completion"), "assistant")
+    messages = [*_messages(record.get("prompt"), "user", origin),
+                *_messages(record.get("completion"), "assistant", origin)]
     if messages and messages[-1].role != "assistant":
         raise UnusableRow("no assistant turn")
     return conversation(messages, origin=origin, tools=tools_of(record.get("tools")))
 
 
-def _messages(value: Any, role: str) -> list[Message]:
+def _messages(value: Any, role: str, origin: str) -> list[Message]:
     if isinstance(value, list):
-        return [message_of(raw) for raw in value]
+        return [message_of(raw, origin) for raw in value]
     if value is not None and not isinstance(value, str):
         raise UnusableRow("content is not text")
     return [Message(role=role, content=value)]

@@ -3,7 +3,8 @@
 Speakers are human (user), gpt (assistant, chatgpt, bot, model), system, function_call and
 observation (tool, function_response). A ``function_call`` holds JSON with name and arguments; it
 joins the assistant turn before it. ``system`` and ``tools`` may stand beside the turns,
-``tools`` as JSON too. Standard library only; reads and writes nothing.
+``tools`` as JSON too. A gpt turn with ``"weight": 0`` is not trained on. Standard library only;
+reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lora_kit.formats import UnusableRow, conversation, message_of, text_of, tool_calls_of, tools_of
+from lora_kit.formats import UnusableRow, conversation, message_of, text_of, tool_calls_of, tools_of, weight_of
 from lora_kit.types import Conversation, Message
 
 EXAMPLE: dict[str, Any] = {
@@ -49,8 +50,10 @@ def to_conversation(record: dict[str, Any], origin: str) -> Conversation:
         raise UnusableRow("no messages")
     messages: list[Message] = []
     for turn in turns:
-        message = _message_of(turn)
+        message = _message_of(turn, origin)
         if message.tool_calls and message.content is None and messages and messages[-1].role == "assistant":
+            if messages[-1].weight != message.weight:
+                raise UnusableRow("a turn and its call have different weights")
             messages[-1] = replace(messages[-1], tool_calls=messages[-1].tool_calls + message.tool_calls)
         else:
             messages.append(message)
@@ -60,17 +63,18 @@ def to_conversation(record: dict[str, Any], origin: str) -> Conversation:
     return conversation(messages, origin=origin, tools=tools_of(record.get("tools")))
 
 
-def _message_of(turn: Any) -> Message:
+def _message_of(turn: Any, origin: str) -> Message:
     if not isinstance(turn, dict):
         raise UnusableRow("message is not an object")
     speaker = turn.get("from")
     if speaker is None:
-        return message_of(turn)
+        return message_of(turn, origin)
+    weight = weight_of(turn.get("weight"), origin)
     if speaker == "function_call":
         calls = tool_calls_of(turn.get("value"))
         if not calls:
             raise UnusableRow("broken tool call")
-        return Message(role="assistant", tool_calls=calls)
+        return Message(role="assistant", tool_calls=calls, weight=weight)
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise UnusableRow("bad role")
-    return Message(role=_SPEAKERS[speaker], content=text_of(turn.get("value")))
+    return Message(role=_SPEAKERS[speaker], content=text_of(turn.get("value")), weight=weight)

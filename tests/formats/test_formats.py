@@ -194,8 +194,30 @@ def test_messages_that_are_unusable():
     assert reason_of(message_of, {"role": ["user"], "content": "c"}) == "bad role"
     assert reason_of(message_of, {"content": "c"}) == "bad role"
     assert reason_of(message_of, "hello") == "message is not an object"
-    assert reason_of(message_of, {"role": "assistant", "content": "c", "weight": 0}) == "assistant turn of weight 0"
-    assert message_of({"role": "assistant", "content": "c", "weight": 1}).content == "c"
+
+
+@pytest.mark.parametrize(("weight", "read"), [(0, 0), (1, 1), (False, 0), (True, 1), (0.0, 0), (1.0, 1), (None, 1)])
+def test_a_weight_says_whether_a_turn_is_trained_on(weight, read):
+    message = message_of({"role": "assistant", "content": "c", "weight": weight})
+    assert message.weight == read and type(message.weight) is int
+    assert message.as_dict() == {"role": "assistant", "content": "c"}
+    assert message_of({"role": "assistant", "content": "c"}).weight == 1
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "1", [1], float("nan")])
+@pytest.mark.parametrize("shape", ["messages", "sharegpt", "prompt_completion"])
+def test_any_other_weight_is_an_error_at_its_line(weight, shape):
+    answer = {"role": "assistant", "content": "c", "weight": weight}
+    record = {
+        "messages": {"messages": [{"role": "user", "content": "q"}, answer]},
+        "sharegpt": {"conversations": [{"from": "human", "value": "q"},
+                                       {"from": "gpt", "value": "c", "weight": weight}]},
+        "prompt_completion": {"prompt": "q", "completion": [answer]},
+    }[shape]
+    with pytest.raises(DataError) as caught:
+        formats.load(shape).to_conversation(record, "rows.jsonl:3")
+    assert str(caught.value) == (f"rows.jsonl:3: a message has weight {weight!r}; use 0 (not trained on) or 1; "
+                                 "data.train[].weight weighs whole sources")
 
 
 def test_content_in_parts_is_joined_and_pictures_are_unusable():

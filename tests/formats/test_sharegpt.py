@@ -62,3 +62,18 @@ def test_unusable_rows_say_why(record, reason):
     with pytest.raises(UnusableRow) as caught:
         sharegpt.to_conversation(record, "x")
     assert caught.value.reason == reason
+
+
+def test_a_turn_of_weight_0_is_marked():
+    record = row(("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))
+    record["conversations"][1]["weight"] = 0
+    assert [message.weight for message in sharegpt.to_conversation(record, "x").messages] == [1, 0, 1, 1]
+
+
+def test_a_call_of_another_weight_than_the_turn_it_joins_is_unusable():
+    record = row(("human", "q"), ("gpt", "Let me see."), ("function_call", '{"name": "f", "arguments": {}}'))
+    record["conversations"][2]["weight"] = 0
+    with pytest.raises(UnusableRow, match="a turn and its call have different weights"):
+        sharegpt.to_conversation(record, "x")
+    record["conversations"][1]["weight"] = 0
+    assert sharegpt.to_conversation(record, "x").messages[-1].weight == 0
