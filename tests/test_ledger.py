@@ -86,8 +86,9 @@ def test_the_recount_agrees_with_the_files(written):
     check_recount(folder, book)
 
 
-def test_the_recount_goes_over_many_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "_AT_ONCE", 4)
+@pytest.mark.parametrize("at_once", [1, 7, 20, 10**6])
+def test_the_recount_goes_over_the_rows_in_stretches(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(ledger, "_TOKENS_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     rows = [example([0, 1, *rng.integers(0, 2, rng.integers(0, 9))]) for _ in range(23)]
     write_examples(tmp_path, "train", rows)
