@@ -169,8 +169,8 @@ def test_plan_prepares_the_data_when_it_has_to(world):
 
 def test_data_shows_the_ledger_lengths_and_any_example(world, no_torch):
     text = "\n".join(ok(world, "data", "tiny.yaml", PYTHONPATH=no_torch))
-    assert re.search(r"^ledger\n +train +held out\nrows in +16 +8$", text, re.MULTILINE)
-    assert re.search(r"^lengths\ntokens +train +held out *$", text, re.MULTILINE) and "█" in text
+    assert re.search(r"^ledger *\n +train +held out\nrows in +16 +8$", text, re.MULTILINE)
+    assert re.search(r"^lengths *\ntokens +train +held out *$", text, re.MULTILINE) and "█" in text
     assert "training row says the same" in text or "training rows say the same" in text
     lines = ok(world, "data", "tiny.yaml", "--show", "2", "--show", "1", "--split", "held_out")
     titles = [line.split(":")[0] for line in lines if line.startswith("held out")]
