@@ -1,4 +1,4 @@
-"""Drawings as inline SVG: a line chart and stacked bars.
+"""Drawings as inline SVG: a line chart, stacked bars and a histogram.
 
 No library and no script: a page that carries its own pictures opens anywhere, and a
 plotting library would cost a dependency or megabytes. Colours are classes (``s0`` to ``s5``,
@@ -117,6 +117,49 @@ def stacked_bars(
         if not narrow:
             parts.append(f'<text class="value" x="{place(so_far) + 8:.1f}" y="{y + thick - 5:.1f}">'
                          f"{_text(bar.label)}</text>")
+    return "".join(parts) + "</svg>"
+
+
+def histogram(
+    edges: Sequence[float], counts: Sequence[tuple[str, Sequence[int], int]], *, x_title: str, words: str,
+    width: int = 760, height: int = 240
+) -> str:
+    """Counts between ``edges`` as columns, several series stacked.
+
+    Args:
+        edges: one more than there are columns, rising.
+        counts: (name, count of each column, number of the colour) of each series.
+    """
+    assert len(edges) > 1 and all(len(series) == len(edges) - 1 for _, series, _ in counts)
+    left, right, bottom = 54, 16, 46
+    top = 14 + 20 * _legend_rows([name for name, _, _ in counts], left, width)
+    most = max(sum(column) for column in zip(*(series for _, series, _ in counts), strict=True)) or 1
+    y_ticks = [tick for tick in ticks(0, most, 4) if tick == int(tick)]
+    place_x = _scale(edges[0], edges[-1], left, width - right)
+    place_y = _scale(0, max(most, y_ticks[-1]), height - bottom, top)
+    axis_y = height - bottom
+    parts = [_open(width, height, words)]
+    for tick in y_ticks:
+        y = place_y(tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:,.0f}</text>')
+    every = max(1, len(edges) // (5 if width < 500 else 9))
+    for edge in edges[::every]:
+        parts.append(f'<text class="tick" x="{place_x(edge):.1f}" y="{axis_y + 18}" text-anchor="middle">{edge:,g}'
+                     "</text>")
+    for index in range(len(edges) - 1):
+        start, end, so_far = place_x(edges[index]) + 0.5, place_x(edges[index + 1]) - 0.5, 0
+        for name, series, style in counts:
+            if series[index]:
+                low, high = place_y(so_far), place_y(so_far + series[index])
+                parts.append(f'<rect class="s{style}" x="{start:.1f}" y="{high:.1f}" width="{end - start:.1f}" '
+                             f'height="{max(low - high, 0.5):.1f}"><title>{_text(name)}, {edges[index]:,g} to '
+                             f"{edges[index + 1] - 1:,g}: {series[index]:,}</title></rect>")
+                so_far += series[index]
+    parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{axis_y}" y2="{axis_y}"/>')
+    middle = (left + width - right) / 2
+    parts.append(f'<text class="title" x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{_text(x_title)}</text>')
+    parts.append(_legend([(name, style, False) for name, _, style in counts], left, 16, width))
     return "".join(parts) + "</svg>"
 
 

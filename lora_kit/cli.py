@@ -104,6 +104,36 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, debug: DebugOption = Fa
 
 
 @app.command()
+def data(
+    recipe: RecipeArgument,
+    show: Annotated[
+        list[str] | None,
+        typer.Option("--show", metavar="N|ORIGIN", help="Print example N (from 1), or those of a row such as "
+                     "rows.jsonl:17, with the trained tokens marked. Repeatable."),
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="train|held_out", help="Where --show looks.")] = "train",
+    set_: SetOption = None, debug: DebugOption = False,
+) -> None:
+    """Prepare a recipe's data and show where every row and token went."""
+    from lora_kit import data as data_module
+    from lora_kit import data_view, pipeline, prepared
+
+    recipe_file = _recipe_file_of(recipe, set_)
+    wanted = data_view.checked(split, show or ())
+    base = pipeline.check(recipe_file)
+    found = prepared.find(recipe_file.recipe, recipe_file.folder, base)
+    data_module.prepare(recipe_file.recipe, found, base)
+    ledger = found.ledger()
+    _show_ledger(ledger)
+    for title, columns, rows in data_view.tables(ledger, found.overlap(recipe_file.recipe)):
+        _terminal.table(f"\n{title}", columns, rows)
+    typer.echo(f"\n{data_view.lines(ledger, found.folder)}")
+    for title, spans in data_view.examples(found.folder, split, wanted, base["artifact"]["tokenizer"]):
+        typer.echo("")
+        _terminal.marked(title, spans)
+
+
+@app.command()
 def train(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run to go on with.", show_default=False)
@@ -273,17 +303,13 @@ def _recipe_file_of(recipe: Path, set_: list[str] | None):
     return read_recipe(recipe, set_ or ())
 
 
-def _show_ledger(ledger: dict[str, Any]) -> None:
-    from lora_kit.units import count_text
+def _show_ledger(found: dict[str, Any]) -> None:
+    from lora_kit import ledger
 
-    splits = ledger["splits"]
-    rows = [(name.replace("_", " "), *(count_text(counts[name]) for counts in splits.values()))
-            for name in next(iter(splits.values())) if any(counts[name] for counts in splits.values())]
-    _terminal.table("ledger", ("", *(name.replace("_", " ") for name in splits)), rows)
-    if ledger["reasons"]:
-        reasons = [(item["split"].replace("_", " "), item["reason"], count_text(item["rows"]),
-                    ", ".join(item["examples"][:1])) for item in ledger["reasons"]]
-        _terminal.table("\nreasons", ("", "reason", "rows", "first"), reasons)
+    splits = [split.replace("_", " ") for split in found["splits"]]
+    _terminal.table("ledger", ("", *splits), ledger.split_rows(found))
+    if found["reasons"]:
+        _terminal.table("\nreasons", ledger.REASON_COLUMNS, ledger.reason_rows(found))
 
 
 class _LazyTerminal:
@@ -297,6 +323,9 @@ class _LazyTerminal:
 
     def table(self, *arguments) -> None:
         self._made().table(*arguments)
+
+    def marked(self, *arguments) -> None:
+        self._made().marked(*arguments)
 
     def close(self) -> None:
         if self.terminal is not None:

@@ -213,6 +213,8 @@ def _fingerprint(stage: Stage, run: Run) -> str:
              "versions": versions(stage.packages)}
     if stage.name == "data":
         parts["key"] = run.resolved["data_key"]
+        # What training rows share with the suite's items is counted there.
+        parts["items"] = prepared.items_sha256(run.recipe, run.recipe_file.folder)
     if stage.name in ("bench", "report"):
         parts["machine"] = run.resolved["machine"].get("cpu")
     if stage.name == "eval":

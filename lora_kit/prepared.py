@@ -1,8 +1,9 @@
 """Prepared data in the cache: its key, where it lies, what its ledger says.
 
 The key covers everything that decides the token files: the data section and the seed,
-the content of every source, tokenizer and template, and lora-kit's own code that reads
-rows and renders them. A changed file with the same name and size has another key.
+the content of every source, tokenizer and template, lora-kit's own code that reads rows
+and renders them, and the versions of the libraries that it renders with. Content is hashed,
+never taken from a name, a size or a time.
 Torch-free, so that ``plan`` on a cached ledger starts at once.
 Reads sources (to hash them) and the cache; writes nothing.
 """
@@ -18,13 +19,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_kit import formats, sources
+from lora_kit import formats, sources, suite
 from lora_kit.errors import DataError, RefusedError
 from lora_kit.recipe import DataSource, Recipe
 from lora_kit.sources import Resolved
 
 _PACKAGE = Path(__file__).parent
-_CODE = ("chat.py", "data.py", "records.py", "rows.py", "tokens.py", "turns.py", "types.py", "formats")
+_CODE = ("chat.py", "data.py", "items.py", "ledger.py", "overlap.py", "records.py", "rows.py", "selection.py",
+         "shorten.py", "spool.py", "tokens.py", "turns.py", "types.py", "formats")
+"""Modules whose code decides tokens, masks or their counts; a test holds it to what data.py imports."""
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,18 @@ class Prepared:
     folder: Path
     key: str
     sources: dict[str, list[Resolved]]
+    relative_to: Path = Path(".")
+
+    def overlap_path(self, recipe: Recipe) -> Path:
+        """Where the count of overlap with the items of the recipe's suite lies: another suite, another count."""
+        return sources.cache_dir() / "overlap" / f"{self.key[:32]}-{items_sha256(recipe, self.relative_to)[:16]}.json"
+
+    def overlap(self, recipe: Recipe) -> list[dict[str, Any]] | None:
+        """Overlap of training rows with the items of the recipe's suite, None where it has not been counted."""
+        try:
+            return json.loads(self.overlap_path(recipe).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     @property
     def exists(self) -> bool:
@@ -65,10 +81,13 @@ def find(recipe: Recipe, relative_to: Path, base: dict[str, Any]) -> Prepared:
         "sources": {split: [[item.reference, item.sha256, item.revision] for item in items]
                     for split, items in found.items()},
         "tokenizer": base["content"],
-        "code": _code_sha256(),
+        "code": _code_sha256(), "libraries": {name: _version(name) for name in _LIBRARIES},
     }
+    if recipe.data.overlap == "drop":  # what is trained on then depends on what the evaluation asks
+        parts["items"] = items_sha256(recipe, relative_to)
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Prepared(folder=sources.cache_dir() / "data" / key[:32], key=key, sources=found)
+    return Prepared(folder=sources.cache_dir() / "data" / key[:32], key=key, sources=found,
+                    relative_to=relative_to)
 
 
 def resolve_source(source: DataSource, relative_to: Path) -> Resolved:
@@ -102,6 +121,21 @@ def _version_of(package: str) -> str:
     if not distributions:
         raise DataError(f"python:{package}", "is not installed", f"pip install {top}, or write python:stdlib")
     return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(distributions)))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def items_sha256(recipe: Recipe, relative_to: Path) -> str:
+    """One hash over what decides which items the recipe's evaluation asks, beside held-out rows."""
+    asked = suite.suite_of(recipe, relative_to)
+    tasks = suite.Suite(name=asked.name, tasks=tuple(asked.own_items()))
+    limit = recipe.eval.limit if tasks.tasks else None
+    return hashlib.sha256(json.dumps([tasks.fingerprint(), limit]).encode()).hexdigest()
 
 
 def _code_sha256() -> str:

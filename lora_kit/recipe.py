@@ -106,8 +106,16 @@ class DataSection(Section):
     """Rows split off from training when `held_out` names no source; 0 holds nothing out."""
     max_tokens: Annotated[int, Field(ge=8), _NumberOnly] = 1024
     """Longest example, in tokens."""
-    too_long: Literal["error", "drop", "cut_end"] = "error"
-    """What happens to an example over `max_tokens`: an error, dropped, or its end cut off. Counted in the ledger."""
+    too_long: Literal["error", "drop", "cut_start", "cut_end", "split_turns"] = "error"
+    """What happens to an example over `max_tokens`: an error, dropped, its start or its end cut off, or its
+    conversation split at the turns into several examples, each with the system message. Counted in the ledger."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Training rows that say the same as an earlier one, or have the same tokens: kept or dropped; counted always.
+    Copies by `weight` are no duplicates."""
+    overlap: Literal["keep", "drop"] = "keep"
+    """Training rows that overlap a held-out row or an item of the evaluation (question and answer, a question of at
+    least 8 words, or 70 % of its word 8-grams): kept or dropped; counted always. A training row that says the same
+    as a held-out one is never trained on."""
     tools: Literal["template", "system"] = "template"
     """How tool definitions reach the model: through the chat template, or as JSON in the system message where
     the template ignores them. The same in training, eval and export."""

@@ -7,7 +7,7 @@ Reads the run folder; writes ``report/index.html`` and ``report/report.md``.
 
 from __future__ import annotations
 
-from lora_kit import report_costs, report_findings, report_proofs, report_sections, report_snippets
+from lora_kit import report_costs, report_data, report_findings, report_proofs, report_sections, report_snippets
 from lora_kit.recipe import Recipe
 from lora_kit.report_document import Document, to_markdown
 from lora_kit.report_findings import Findings, reference_text
@@ -53,7 +53,7 @@ def compose(found: Findings) -> Document:
             report_proofs.merge(found),
             report_proofs.quantized(found),
             report_proofs.bench(found),
-            report_sections.data(found),
+            report_data.section(found),
             report_snippets.section(found),
             report_sections.machine(found),
         ],

@@ -41,6 +41,7 @@ class Findings:
     bench: dict[str, Any] | None
     scores: dict[str, Any] | None
     samples: list[dict[str, Any]]
+    overlap: list[dict[str, Any]] | None = None
 
     def figures(self, stage: str) -> dict[str, Any]:
         """Figures of a finished stage; empty while it is not done."""
@@ -99,6 +100,7 @@ def read(recipe: Recipe, run: Any) -> Findings:
         artifacts=artifacts,
         config=_json(Path(artifacts["base"].path) / "config.json") if "base" in artifacts else None,
         ledger=_json(run.stage_dir("data") / "ledger.json"),
+        overlap=_json(run.stage_dir("data") / "overlap.json"),
         preview=_text(run.stage_dir("data") / "preview.txt"),
         steps=[line for line in metrics if line.get("loss") is not None],
         held_out=[line for line in metrics if line.get("held_out_loss") is not None],

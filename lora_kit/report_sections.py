@@ -1,4 +1,4 @@
-"""The report's sections about the run itself: what came out, training, data, machine.
+"""The report's sections about the run itself: what came out, training, machine.
 
 A figure that does not exist is shown as not measured, with the reason, never as zero.
 Texts stay plain here; the writers escape them. Torch-free; reads and writes nothing.
@@ -24,7 +24,6 @@ from lora_kit.report_document import (
     VerdictLine,
     Verdicts,
     missing,
-    parse_marked,
     rate_text,
 )
 from lora_kit.report_findings import Findings, reference_text
@@ -193,35 +192,6 @@ def _loss_figure(found: Findings) -> Figure | None:
         charts.line_chart(lines, x_title="optimizer step", y_title="loss (nats per token)", words=words, width=width,
                           height=height) for width, height in ((860, 340), (380, 280)))
     return Figure(wide_svg=wide, narrow_svg=narrow, caption=caption, words=words)
-
-
-def data(found: Findings) -> Section:
-    """The ledger and the first rows with their mask."""
-    blocks: list[Block] = []
-    if found.ledger is None:
-        blocks.append(Paragraph(text=f"No ledger: {found.why_missing('data')}.", tone="missing"))
-    else:
-        splits = found.ledger.get("splits", {})
-        names = list(dict.fromkeys(name for counts in splits.values() for name in counts))
-        rows = [[name.replace("_", " "), *(count_text(counts.get(name)) for counts in splits.values())]
-                for name in names]
-        blocks.append(Table(title="Ledger", columns=("", *(split.replace("_", " ") for split in splits)), rows=rows,
-                            numeric=tuple(range(1, len(splits) + 1)),
-                            note="Tokens in = trained + context + dropped + cut. Padding is not data and not counted."))
-        reasons = found.ledger.get("reasons", [])
-        if reasons:
-            blocks.append(Table(
-                title="Rows that were left out or changed", numeric=(2,),
-                columns=("split", "reason", "rows", "source", "for example"),
-                rows=[[str(reason.get("split", "–")).replace("_", " "), reason["reason"], count_text(reason["rows"]),
-                       reason.get("source") or "–", ", ".join(reason.get("examples", ())) or "–"]
-                      for reason in reasons]))
-    marked = parse_marked(found.preview or "")
-    if marked:
-        blocks.append(Paragraph(text="The first rows as the model sees them. Marked tokens are trained on, the rest is "
-                                     "context:"))
-        blocks += marked
-    return Section(anchor="data", title="Data", blocks=blocks)
 
 
 def _flat_rows(values: dict[str, Any], prefix: str = "") -> list[list[str | Cell]]:

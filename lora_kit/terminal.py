@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from lora_kit import events
 from lora_kit.units import seconds_text
@@ -63,6 +64,17 @@ class Terminal:
             table.add_row(*(escape(cell) for cell in row))
         console = self.console if self.is_terminal else Console(highlight=False, width=160)
         console.print(table)
+
+    def marked(self, title: str, spans) -> None:
+        """Print (text, trained) spans under ``title``: trained text in colour, where there is none between ⟦ and ⟧."""
+        self.close()
+        in_colour = self.is_terminal and self.console.color_system is not None and not self.console.no_color
+        text = Text()
+        for part, trained in spans:
+            text.append(part if in_colour or not trained else f"⟦{part}⟧",
+                        style="bold green" if in_colour and trained else "")
+        self.console.print(f"[bold]{escape(title)}[/bold]")
+        self.console.print(text)
 
     def close(self) -> None:
         """Take the progress bar off, if there is one."""

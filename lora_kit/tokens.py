@@ -1,9 +1,9 @@
 """Token files: the examples of a split, one after another, and where each begins.
 
 ``<split>.tokens.npy`` int32, ``<split>.mask.npy`` uint8 (1 = trained on),
-``<split>.offsets.npy`` int64 of length rows + 1, ``<split>.origins.json``. Written from
-memory, memory-mapped when read. The order of training is here too: it is a function of
-(seed, epoch) and of nothing else.
+``<split>.offsets.npy`` int64 of length rows + 1, ``<split>.origins.json``. Written as the
+examples come, memory-mapped when read: data may be larger than memory. The order of
+training is here too: it is a function of (seed, epoch) and of nothing else.
 
 Shape suffixes: T tokens of an example, B rows of a batch. Torch only inside `batch_of`.
 Reads and writes the folder it is given.
@@ -12,8 +12,10 @@ Reads and writes the folder it is given.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy
 
@@ -26,19 +28,52 @@ IGNORED = -100
 
 def write_examples(folder: Path, split: str, examples: Iterable[Example]) -> int:
     """Write ``examples`` in order; returns how many."""
-    offsets, origins = [0], []
-    tokens: list[numpy.ndarray] = []
-    masks: list[numpy.ndarray] = []
-    for example in examples:
-        tokens.append(example.tokens_T)
-        masks.append(example.loss_mask_T)
-        offsets.append(offsets[-1] + len(example.tokens_T))
-        origins.append(example.origin)
-    numpy.save(folder / f"{split}.tokens.npy", numpy.concatenate(tokens) if tokens else numpy.zeros(0, numpy.int32))
-    numpy.save(folder / f"{split}.mask.npy", numpy.concatenate(masks) if masks else numpy.zeros(0, numpy.uint8))
-    numpy.save(folder / f"{split}.offsets.npy", numpy.array(offsets, numpy.int64))
-    (folder / f"{split}.origins.json").write_text(json.dumps(origins), encoding="utf-8")
-    return len(origins)
+    with ExampleWriter(folder, split) as writer:
+        for example in examples:
+            writer.append(example)
+    return len(writer.offsets) - 1
+
+
+class ExampleWriter:
+    """Writes the files of one split as the examples come; use as a context. Eight bytes a row stay in memory.
+
+    The files are those that ``numpy.save`` would write of the whole arrays, byte for byte: a header has room for
+    any length, so it is written once as a place holder and once more, with the length, at the end.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split = folder, split
+        self.offsets = array("q", [0])
+
+    def __enter__(self) -> ExampleWriter:
+        self._tokens = open(self.folder / f"{self.split}.tokens.npy", "wb")  # noqa: SIM115 - closed in __exit__
+        self._mask = open(self.folder / f"{self.split}.mask.npy", "wb")  # noqa: SIM115
+        self._origins = open(self.folder / f"{self.split}.origins.json", "w", encoding="utf-8")  # noqa: SIM115
+        _write_header(self._tokens, numpy.int32, 0)
+        _write_header(self._mask, numpy.uint8, 0)
+        self._origins.write("[")
+        return self
+
+    def append(self, example: Example) -> None:
+        """Write one example behind the others."""
+        self._tokens.write(numpy.ascontiguousarray(example.tokens_T, numpy.int32).data)
+        self._mask.write(numpy.ascontiguousarray(example.loss_mask_T, numpy.uint8).data)
+        self._origins.write((", " if len(self.offsets) > 1 else "") + json.dumps(example.origin))
+        self.offsets.append(self.offsets[-1] + len(example.tokens_T))
+
+    def __exit__(self, *_: object) -> None:
+        with self._tokens, self._mask, self._origins:
+            _write_header(self._tokens, numpy.int32, self.offsets[-1])
+            _write_header(self._mask, numpy.uint8, self.offsets[-1])
+            self._origins.write("]")
+        numpy.save(self.folder / f"{self.split}.offsets.npy", numpy.array(self.offsets, numpy.int64))
+
+
+def _write_header(file: BinaryIO, dtype: type, length: int) -> None:
+    """The .npy header of an array (length,) at the start of ``file``, as long as that of any other length."""
+    file.seek(0)
+    described = numpy.lib.format.header_data_from_array_1_0(numpy.zeros(0, dtype))
+    numpy.lib.format.write_array_header_1_0(file, {**described, "shape": (length,)})
 
 
 class ExampleFile(Sequence):

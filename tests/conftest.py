@@ -31,6 +31,15 @@ def tiny_model(tmp_path_factory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("tiny") / "model")[0]
 
 
+@pytest.fixture
+def place(tmp_path, tiny_model, monkeypatch):
+    """A recipe's folder with rows, the tiny base, and a cache of its own (tests/data_place.py)."""
+    from tests.data_place import Workplace
+
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    return Workplace(tmp_path / "recipes", tiny_model)
+
+
 @pytest.fixture(scope="session")
 def smollm2_base() -> Path:
     """Folder of the default base, SmolLM2-135M-Instruct in bf16."""

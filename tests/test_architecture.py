@@ -22,11 +22,12 @@ PACKAGE = ROOT / "lora_kit"
 LEVELS = {
     0: "errors units",
     1: "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
-       "metrics records rows prepared schedule tool_calls model_files suite items gates charts "
-       "report_document report_html report_findings report_costs report_snippets report_sections report_proofs",
-    2: "chat turns tokens packing loss proof model checkpoint bnb_mend adapter_check",
+       "metrics records rows spool prepared selection ledger overlap schedule tool_calls model_files suite items gates "
+       "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
+       "report_proofs",
+    2: "chat turns tokens shorten packing loss proof model checkpoint bnb_mend adapter_check",
     3: "engines quantizers certificate scoring",
-    4: "data train merge quantize bench evaluation report plan doctor scaffold reference",
+    4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view",
     5: "pipeline terminal",
     6: "cli lora_kit",
 }

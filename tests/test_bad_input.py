@@ -133,7 +133,7 @@ WITH_TOOLS = json.dumps({**tiny_run.conversation(1), "tools": [{"type": "functio
     ("\n".join([ASKED] * 5), ["data.max_dropped=1"], 4,
      r"rows\.jsonl: none of its 5 rows is usable; .*no assistant turn"),
     ("\n".join(GOOD), ["data.max_tokens=16"], 4,
-     r"rows\.jsonl:\d+: has \d+ tokens, over data\.max_tokens \(16\); raise it, or set data\.too_long: drop or cut"),
+     r"rows\.jsonl:\d+: has \d+ tokens, over data\.max_tokens \(16\); raise it, or set data\.too_long: drop, cut_end"),
     ("\n".join([WITH_TOOLS] * 8), [], 2,
      r"data\.tools: .*template ignores tools \(seen at rows\.jsonl:\d\); set data\.tools: system"),
     (None, [], 4, r"rows\.jsonl: no such file .*; "),

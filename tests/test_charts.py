@@ -76,3 +76,21 @@ def test_means():
     assert charts.running_mean(points, 2) == [(1, 1.0), (2, 2.0), (3, 4.0), (4, 6.0)]
     assert charts.thinned(points, most=2) == [(1.5, 2.0), (3.5, 6.0)]
     assert charts.thinned(points, most=4) == points
+
+
+@pytest.mark.parametrize("width", [360, 760])
+def test_a_histogram_s_columns_are_as_high_as_their_counts(width):
+    counts = [("train", [4, 0, 2], 0), ("held < out", [1, 0, 2], 1)]
+    text = charts.histogram([0, 64, 128, 192], counts, x_title="tokens", words="a < b", width=width)
+    root = ElementTree.fromstring(text)
+    bars = [each for each in root.iter("rect") if each.find("title") is not None]
+    assert [bar.find("title").text for bar in bars] == [
+        "train, 0 to 63: 4", "held < out, 0 to 63: 1", "train, 128 to 191: 2", "held < out, 128 to 191: 2"]
+    unit = float(bars[1].get("height"))
+    assert [round(float(bar.get("height")) / unit) for bar in bars] == [4, 1, 2, 2]
+    assert float(bars[1].get("y")) == pytest.approx(float(bars[0].get("y")) - unit, abs=0.2)  # one upon the other
+    assert {"0", "192", "tokens", "train"} <= {each.text for each in root.iter("text")}
+
+
+def test_a_histogram_of_nothing_can_be_drawn():
+    ElementTree.fromstring(charts.histogram([0, 1], [("train", [0], 0)], x_title="t", words="w"))

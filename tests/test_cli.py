@@ -28,7 +28,7 @@ from lora_kit.recipe_file import read_recipe
 from tests import tiny_run
 from tests.tiny_run import World
 
-VERBS = ["init", "plan", "train", "merge", "quantize", "bench", "eval", "report", "run", "chat", "doctor"]
+VERBS = ["init", "plan", "data", "train", "merge", "quantize", "bench", "eval", "report", "run", "chat", "doctor"]
 SMALL = {"bench": {**tiny_run.SECTIONS["bench"], "artifacts": ["merged"]},
          "eval": {**tiny_run.SECTIONS["eval"], "artifacts": ["base", "merged"]}}
 """Sections with which a run starts few processes."""
@@ -165,6 +165,19 @@ def test_plan_counts_and_needs_no_torch_once_the_data_is_prepared(world, no_torc
 def test_plan_prepares_the_data_when_it_has_to(world):
     lines = ok(world, "plan", "tiny.yaml", "--set", "data.held_out_rows=4")
     assert lines[0] == "  preparing the data, once" and re.search(r"rows used +20 +4", "\n".join(lines))
+
+
+def test_data_shows_the_ledger_lengths_and_any_example(world, no_torch):
+    text = "\n".join(ok(world, "data", "tiny.yaml", PYTHONPATH=no_torch))
+    assert re.search(r"^ledger *\n +train +held out\nrows in +16 +8$", text, re.MULTILINE)
+    assert re.search(r"^lengths *\ntokens +train +held out *$", text, re.MULTILINE) and "█" in text
+    assert "training row says the same" in text or "training rows say the same" in text
+    lines = ok(world, "data", "tiny.yaml", "--show", "2", "--show", "1", "--split", "held_out")
+    titles = [line.split(":")[0] for line in lines if line.startswith("held out")]
+    assert titles == ["held out 2 of 8", "held out 1 of 8"]
+    assert any(line.startswith("⟦") and line.endswith("<|im_end|>⟧") for line in lines)
+    assert "there is no such train example" in refused(world, "data", "tiny.yaml", "--show", "99", code=2)
+    assert "there is no split" in refused(world, "data", "tiny.yaml", "--split", "test", code=2, PYTHONPATH=no_torch)
 
 
 # ---- the road --------------------------------------------------------------------------

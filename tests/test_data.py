@@ -2,95 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
-from pathlib import Path
 
+import numpy
 import pytest
 
-from lora_kit import chat, data, prepared, rundir
-from lora_kit.errors import DataError, RecipeError
+from lora_kit import chat, data, prepared, rundir, tokens
+from lora_kit.errors import DataError, RecipeError, RefusedError
 from lora_kit.events import listening
 from lora_kit.model import find_base
-from lora_kit.recipe_file import parse_recipe
 from lora_kit.rows import read_held_out
 from lora_kit.tokens import read_examples
 from tests import nobody
-
-
-def talk(*contents: str, **fields) -> dict:
-    return {"messages": [{"role": ("user", "assistant")[index % 2], "content": content}
-                         for index, content in enumerate(contents)], **fields}
-
-
-ROWS = [talk(f"question {index}", f"answer {index}" + "!" * (index % 5)) for index in range(20)]
-
-
-class Workplace:
-    """A recipe's folder with data files, the tiny base, and a cache of its own."""
-
-    def __init__(self, folder: Path, base: Path) -> None:
-        self.folder, self.base_folder = folder, base
-        self.write("rows.jsonl", ROWS)
-
-    def write(self, name: str, rows: list[dict]) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def recipe_file(self, *overrides: str, train: str = "rows.jsonl"):
-        text = f"model: {{base: {self.base_folder}}}\ndata:\n  train: {train}\n"
-        return parse_recipe(text, self.folder / "mine.yaml", ["data.max_tokens=200", *overrides])
-
-    def find(self, *overrides: str, **options):
-        recipe_file = self.recipe_file(*overrides, **options)
-        base = find_base(recipe_file.recipe.model, self.folder)
-        return recipe_file.recipe, prepared.find(recipe_file.recipe, self.folder, base), base
-
-    def prepare(self, *overrides: str, **options) -> prepared.Prepared:
-        recipe, found, base = self.find(*overrides, **options)
-        data.prepare(recipe, found, base)
-        check(found.folder)
-        return found
-
-    def tokenizer(self):
-        return chat.load_tokenizer(self.base_folder)
-
-
-@pytest.fixture
-def place(tmp_path, tiny_model, monkeypatch) -> Workplace:
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
-    return Workplace(tmp_path / "recipes", tiny_model)
-
-
-def check(folder: Path) -> None:
-    """The ledger balances, and it says what lies in the token files."""
-    for split, counts in json.loads((folder / "ledger.json").read_text())["splits"].items():
-        examples = read_examples(folder, split)
-        assert counts["rows_in"] + counts["rows_repeated"] == (
-            counts["rows_used"] + counts["rows_unusable"] + counts["rows_dropped"] + counts["rows_left_out"])
-        assert counts["tokens_in"] == (
-            counts["tokens_trained"] + counts["tokens_context"] + counts["tokens_dropped"] + counts["tokens_cut"])
-        assert counts["rows_used"] == len(examples)
-        assert counts["tokens_trained"] == sum(examples.num_trained(row) for row in range(len(examples)))
-        assert counts["tokens_trained"] + counts["tokens_context"] == sum(
-            examples.length(row) for row in range(len(examples)))
-    assert len(read_held_out(folder)) == len(read_examples(folder, "held_out"))
-
-
-def counts_of(found, split: str = "train") -> dict[str, int]:
-    return found.ledger()["splits"][split]
-
-
-def reasons_of(found) -> dict[tuple[str, str], int]:
-    return {(item["split"], item["reason"]): item["rows"] for item in found.ledger()["reasons"]}
-
-
-def origins_of(found, split: str = "train") -> list[str]:
-    return [example.origin for example in read_examples(found.folder, split)]
-
+from tests.data_place import (
+    ROWS,
+    Workplace,
+    check,
+    counts_of,
+    origins_of,
+    reasons_of,
+    talk,
+)
 
 # ---- what is used ----------------------------------------------------------------------
 
@@ -268,7 +202,7 @@ LONG = talk("long", "x" * 300)
 def test_a_row_that_is_too_long_is_an_error(place):
     place.write("rows.jsonl", [*ROWS, LONG])
     with pytest.raises(DataError, match=r"rows.jsonl:21: has \d+ tokens, over data.max_tokens \(200\); raise it, or "
-                                        "set data.too_long: drop or cut_end"):
+                                        "set data.too_long: drop, cut_end, cut_start or split_turns"):
         place.prepare("data.held_out_rows=0")
 
 
@@ -291,6 +225,54 @@ def test_a_row_that_is_too_long_loses_its_end(place):
     assert reasons_of(found) == {("train", "end cut off at 200 tokens"): 1}
 
 
+def test_a_row_that_is_too_long_loses_its_start(place):
+    place.write("rows.jsonl", [*ROWS, LONG])
+    found = place.prepare("data.held_out_rows=0", "data.too_long=cut_start")
+    counts, examples = counts_of(found), read_examples(found.folder, "train")
+    whole = chat.encode(place.tokenizer(), prepared_conversation(LONG))[0].tokens_T
+    assert examples[20].tokens_T.tolist() == whole[-200:].tolist()
+    assert (counts["rows_used"], counts["tokens_cut"]) == (21, len(whole) - 200)
+    assert reasons_of(found) == {("train", "start cut off at 200 tokens"): 1}
+    # Its first token belongs to the answer, and nothing predicts it: one trained token less than the mask has.
+    assert examples.num_trained(20) == int(examples[20].loss_mask_T.sum()) - 1
+
+
+def test_a_row_that_is_too_long_is_split_at_its_turns(place):
+    turns = [f"turn {turn} " * 8 for turn in range(8)]
+    row = talk(*turns)
+    row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    place.write("rows.jsonl", [*ROWS, row])
+    found = place.prepare("data.held_out_rows=0", "data.too_long=split_turns")
+    counts, examples, tokenizer = counts_of(found), read_examples(found.folder, "train"), place.tokenizer()
+    texts = [tokenizer.decode(examples[row].tokens_T) for row in range(20, len(examples))]
+    assert len(texts) == 4 and all(examples.length(row) <= 200 for row in range(len(examples)))
+    assert all(text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n") for text in texts)
+    assert [turn for text in texts for turn in turns if turn in text] == turns
+    assert origins_of(found)[20:] == ["rows.jsonl:21"] * 4
+    system = len(tokenizer("<|im_start|>system\nBe brief.<|im_end|>\n")["input_ids"])
+    assert (counts["rows_in"], counts["rows_split"], counts["rows_used"]) == (21, 3, 24)
+    assert counts["tokens_repeated"] == 3 * system and counts["tokens_cut"] == 0
+    assert reasons_of(found) == {("train", "split at its turns, over 200 tokens"): 1}
+
+
+def test_an_exchange_that_is_too_long_by_itself_is_dropped_and_named(place):
+    place.write("rows.jsonl", [*ROWS, talk("a", "b", "c", "x" * 300, "d", "e")])
+    found = place.prepare("data.held_out_rows=0", "data.too_long=split_turns")
+    counts = counts_of(found)
+    assert (counts["rows_used"], counts["rows_dropped"], counts["rows_split"]) == (22, 1, 2)
+    [dropped] = [item for item in found.ledger()["reasons"] if item["reason"] == "one exchange over 200 tokens"]
+    assert dropped["examples"] == ["rows.jsonl:21"] and dropped["tokens"] == counts["tokens_dropped"] > 300
+
+
+def test_a_long_text_is_split_into_stretches_that_lose_nothing(place):
+    place.write("rows.jsonl", [{"text": "y" * 500}, {"text": "short"}])
+    place.write("held.jsonl", [{"text": "z" * 450}])
+    found = place.prepare("data.held_out=held.jsonl", "data.too_long=split_turns")
+    assert [read_examples(found.folder, "train").length(row) for row in range(4)] == [200, 200, 101, 6]
+    assert counts_of(found)["tokens_repeated"] == counts_of(found)["tokens_cut"] == 0
+    assert [len(conversation.messages[0].content) for conversation in read_held_out(found.folder)][:2] == [200, 200]
+
+
 def prepared_conversation(row: dict):
     from lora_kit.formats import messages
 
@@ -303,6 +285,17 @@ def test_a_row_whose_question_fills_it_trains_nothing(place):
     counts = counts_of(found)
     assert (counts["rows_used"], counts["rows_dropped"], counts["tokens_dropped"]) == (20, 1, 200)
     assert ("train", "no trained token left") in reasons_of(found)
+
+
+def test_a_row_without_a_trained_token_is_named(place):
+    place.write("rows.jsonl", [*ROWS, talk("x" * 300, "late answer")])
+    told = []
+    with listening(told.append):
+        found = place.prepare("data.held_out_rows=0", "data.too_long=cut_end")
+    assert "1 rows have no trained token left and are dropped: rows.jsonl:21" in [
+        getattr(event, "text", "") for event in told]
+    [reason] = [item for item in found.ledger()["reasons"] if item["reason"] == "no trained token left"]
+    assert (reason["source"], reason["examples"]) == ("rows.jsonl", ["rows.jsonl:21"])
 
 
 def test_when_all_rows_are_too_long_none_is_left(place):
@@ -457,6 +450,30 @@ def test_a_damaged_cache_is_made_again(place):
 
 def test_the_cache_s_files_are_closed_to_writing(place):
     assert {path.stat().st_mode & 0o777 for path in place.prepare().folder.iterdir()} == {0o444}
+
+
+@pytest.mark.parametrize("planted", ["tokens lost", "row lost", "mask emptied"])
+def test_files_that_were_shortened_after_writing_stop_the_stage(place, tmp_path, monkeypatch, planted):
+    class Shortening(tokens.ExampleWriter):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            if self.split == "train":
+                parts = {name: numpy.load(self.folder / f"train.{name}.npy") for name in ("tokens", "mask", "offsets")}
+                if planted == "tokens lost":
+                    parts["tokens"] = parts["tokens"][:-5]
+                elif planted == "mask emptied":
+                    parts["mask"][parts["offsets"][3]:parts["offsets"][4]] = 0
+                else:
+                    last = parts["offsets"][-2]
+                    parts = {"tokens": parts["tokens"][:last], "mask": parts["mask"][:last],
+                             "offsets": parts["offsets"][:-1]}
+                for name, array in parts.items():
+                    numpy.save(self.folder / f"train.{name}.npy", array)
+
+    monkeypatch.setattr(tokens, "ExampleWriter", Shortening)
+    with pytest.raises(RefusedError, match="token files are not whole|by recount, the ledger says"):
+        place.prepare()
+    assert list((tmp_path / "cache" / "data").iterdir()) == [], "what is refused does not stay in the cache"
 
 
 @nobody.needs_root

@@ -12,6 +12,7 @@ import pytest
 from lora_kit import prepared
 from lora_kit.errors import DataError, RefusedError
 from lora_kit.recipe import DataSource, Recipe
+from tests import test_architecture
 
 BASE = {"content": "c" * 64}
 
@@ -66,8 +67,38 @@ def test_other_code_makes_other_data(folder, monkeypatch):
     assert find(folder).key != key
 
 
-def test_the_code_of_the_key_is_there():
+_NO_TOKENS = {"errors", "events", "prepared", "recipe", "recipe_file", "rundir", "shipped", "sources", "suite", "units",
+              "yaml_file", "metrics"}
+"""Modules that data.py imports and that decide no token: they name, resolve, report and store."""
+
+
+def test_every_module_that_decides_tokens_is_in_the_key():
+    counted = {name.removesuffix(".py") for name in prepared._CODE}
     assert all((prepared._PACKAGE / name).exists() for name in prepared._CODE)
+    waiting, reached = ["data"], set()
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            tree = test_architecture.TREES[name]
+            waiting += {other.partition(".")[0] for other, _ in test_architecture.imported(tree)}
+    assert reached - counted - _NO_TOKENS == set(), "enter it in prepared._CODE, or here when it decides no token"
+    assert counted <= reached
+
+
+def test_other_libraries_make_other_data(folder, monkeypatch):
+    key, version = find(folder).key, prepared._version
+    monkeypatch.setattr(prepared, "_version", lambda name: "0" if name == "tokenizers" else version(name))
+    assert find(folder).key != key
+    assert version("tokenizers") and version("no-such-package") is None
+
+
+def test_the_evaluation_is_in_the_key_only_where_it_decides_rows(folder):
+    def key(overlap, limit):
+        return find(folder, data={"overlap": overlap}, eval={"suite": "tools", "limit": limit}).key
+
+    assert key("keep", 3) == key("keep", 4)
+    assert key("drop", 3) != key("drop", 4)
 
 
 def test_a_ledger_that_is_not_whole_is_refused(folder):

@@ -170,13 +170,22 @@ def test_a_flipped_byte_in_an_archive_is_refused_and_leaves_nothing(pack):
 def test_a_hash_is_remembered_until_the_file_changes(pack, monkeypatch):
     resolve("pypi:pack==1.0/pack/rows.jsonl", relative_to=Path("/"))
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "file_sha256", lambda path: pytest.fail("computed again"))
+        patch.setattr(sources, "file_sha256",
+                      lambda path: pytest.fail("computed again") if path == pack else file_sha256(path))
         resolve("pypi:pack==1.0/pack/rows.jsonl", relative_to=Path("/"))
     content = pack.read_bytes()
     pack.write_bytes(content[:-1] + b"\x01")
     os.utime(pack, ns=(1, 1))
     with pytest.raises(RefusedError):
         resolve("pypi:pack==1.0/pack/rows.jsonl", sha256=hashlib.sha256(content).hexdigest(), relative_to=Path("/"))
+
+
+def test_a_changed_member_is_noticed_though_size_and_time_are_the_same(cache, pack):
+    before = resolve("pypi:pack==1.0/pack/rows.jsonl", relative_to=Path("/"))
+    content, stat = before.path.read_bytes(), before.path.stat()
+    before.path.write_bytes(content[:-1] + b"!")
+    os.utime(before.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert resolve("pypi:pack==1.0/pack/rows.jsonl", relative_to=Path("/")).sha256 != before.sha256
 
 
 def test_a_large_file_of_the_user_is_hashed_once(cache, tmp_path, monkeypatch):

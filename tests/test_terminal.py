@@ -97,3 +97,26 @@ def test_the_next_stage_takes_a_bar_off(screen):
     made(Progress(stage="train", done=1, total=2))
     made(StageStarted(stage="merge"))
     assert made.bar is None and made.task is None
+
+
+# ---- examples with their mask ----------------------------------------------------------
+
+SPANS = [("<user>[hi]", False), ("yes[/b]", True), ("", False), ("end", False)]
+
+
+def test_without_colour_trained_text_stands_between_brackets(capsys):
+    Terminal().marked("train 1: [a]", SPANS)
+    assert capsys.readouterr().out.splitlines() == ["train 1: [a]", "<user>[hi]⟦yes[/b]⟧end"]
+
+
+@pytest.mark.parametrize(("options", "shown"), [
+    ({"color_system": "standard"}, "<user>[hi]\x1b[1;32myes[/b]\x1b[0mend"),
+    ({"color_system": "standard", "no_color": True}, "<user>[hi]⟦yes[/b]⟧end"),
+    ({"color_system": None}, "<user>[hi]⟦yes[/b]⟧end"),
+])
+def test_at_a_terminal_trained_text_is_coloured(options, shown):
+    screen = Terminal()
+    screen.is_terminal = True
+    screen.console = Console(file=io.StringIO(), force_terminal=True, highlight=False, soft_wrap=True, **options)
+    screen.marked("t", SPANS)
+    assert screen.console.file.getvalue().splitlines()[1] == shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -30,6 +31,18 @@ def test_examples_come_back_as_they_were_written(tmp_path):
         assert again.tokens_T.tolist() == written.tokens_T.tolist() and again.tokens_T.dtype == np.int32
         assert again.loss_mask_T.tolist() == written.loss_mask_T.tolist() and again.loss_mask_T.dtype == np.uint8
     assert [read.length(row) for row in range(3)] == [3, 1, 4]
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 5000])
+def test_the_files_are_those_that_numpy_saves_whole(tmp_path, num_rows):
+    rng = np.random.default_rng(num_rows)
+    rows = [example(rng.integers(0, 9, n), rng.integers(0, 2, n), f"ü:{n}") for n in rng.integers(1, 99, num_rows)]
+    write_examples(tmp_path, "train", rows)
+    for name, dtype, arrays in (("tokens", np.int32, [row.tokens_T for row in rows]),
+                                ("mask", np.uint8, [row.loss_mask_T for row in rows])):
+        np.save(tmp_path / "whole.npy", np.concatenate([np.zeros(0, dtype), *arrays]))
+        assert (tmp_path / f"train.{name}.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert (tmp_path / "train.origins.json").read_text() == json.dumps([row.origin for row in rows])
 
 
 def test_the_first_token_is_never_in_the_loss(tmp_path):

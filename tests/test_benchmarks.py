@@ -1,0 +1,19 @@
+"""Every program in benchmarks/ runs with --quick, writes its figures, and keeps its promise there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from tests import tiny_run
+
+
+def test_data_memory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/data_memory.py", "--quick", "--check", "--json", tmp_path / "figures.json"],
+        cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["gigabytes"] == 0.02 and figures["num_rows"] == figures["rows_used"] + 64
+    assert 50e6 < figures["anonymous_bytes"] < 1e9 and "RssAnon" in done.stdout
