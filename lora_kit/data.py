@@ -287,7 +287,9 @@ class _Preparation:
         ``place`` is its row's number and its own number within the row.
         """
         if not is_copy:
-            digest = hashlib.blake2b(example.tokens_T.tobytes(), digest_size=8).digest()
+            # The mask as well: the same text with other turns trained teaches something else.
+            content = example.tokens_T.tobytes() + example.loss_mask_T.tobytes()
+            digest = hashlib.blake2b(content, digest_size=8).digest()
             key = int.from_bytes(digest, "little")
             if self.recipe.data.duplicates == "keep":
                 repeats, at = self.selection.repeats, int(numpy.searchsorted(self.selection.repeats, place[0]))

@@ -17,7 +17,7 @@ holds the ledger against it. Torch-free. Reads token files; writes nothing.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def check_recount(folder: Path, ledger: dict[str, Any]) -> None:
                                "remove that folder and run again")
 
 
-def padded_tokens(lengths: Sequence[int], micro_batches: Iterable[Sequence[int]]) -> int:
+def padded_tokens(lengths: Sequence[int] | Mapping[int, int], micro_batches: Iterable[Sequence[int]]) -> int:
     """Padding of ``micro_batches`` (row numbers each): every row is filled up to the longest of its micro-batch.
 
     For the loop that makes the batches; a packed row has no padding, and 0 is the right count there.

@@ -195,6 +195,10 @@ class TrainSection(Section):
     """Steps between held-out evaluations; one is always made before the first step and after the last."""
     save_every: Count | None = None
     """Steps between checkpoints. Default: a tenth of the steps, at least 20."""
+    stop_prompts: Annotated[int, Field(ge=0), _NumberOnly] = 16
+    """Held-out prompts that the tuned model answers after the last step, to measure how often it stops by itself."""
+    stop_within: Count = 64
+    """Tokens within which such an answer has to end."""
     keep: Literal["last", "best"] = "last"
     """Which adapter the stage hands on: after the last step, or the one with the lowest held-out loss."""
     from_adapter: str | None = None

@@ -172,6 +172,9 @@ def _without_effect(recipe: Recipe, values: dict, place: yaml_file.Places) -> li
         report(("train", "epochs"), "train.steps is given too", "keep one of them")
     if given("data", "held_out_rows") and recipe.data.held_out:
         report(("data", "held_out_rows"), "data.held_out names its own sources", "remove one of them")
+    if recipe.data.train_on == "last" and recipe.data.too_long == "split_turns":
+        problems.append(RecipeError(place.of(("data", "train_on")), "'last' with too_long: split_turns would train the "
+                                    "last turn of every piece", "set too_long: cut_start, or train_on: all"))
     nothing_held_out = not recipe.data.held_out and recipe.data.held_out_rows == 0
     if nothing_held_out and given("train", "eval_every"):
         report(("train", "eval_every"), "nothing is held out", "set data.held_out_rows or remove it")

@@ -150,6 +150,12 @@ def training(found: Findings) -> Section:
                               f"{number_text(train.get('held_out_after'))} after" if found.held_out
              else missing(_why_no_held_out(found))],
         ]
+        rows.append(["rows of a batch", _packing_text(train.get("packing") or {})])
+        if train.get("stops"):
+            stops = train["stops"]
+            rows.append(["stops by itself", f"{stops['num_stopped']} of {stops['num_prompts']} answers to held-out "
+                         f"prompts within {stops['new_tokens']} tokens (95 %: {stops['ci_low']:.0%} to "
+                         f"{stops['ci_high']:.0%})"])
         if train.get("best_step") is not None:
             rows.append(["lowest held-out loss", f"at step {count_text(train['best_step'])}; "
                          f"the adapter kept is the {train.get('kept', 'last')} one"])
@@ -157,6 +163,18 @@ def training(found: Findings) -> Section:
         rows.append(["result", missing(found.why_missing("train"))])
     blocks.append(Table(columns=("", ""), rows=rows))
     return Section(anchor="training", title="Training", blocks=blocks)
+
+
+def _packing_text(packing: dict[str, Any]) -> str:
+    """How the rows of a batch were laid out, and what proved it."""
+    if packing.get("budget") is None:
+        return f"padded: {packing.get('why_not') or 'train.packing is false'}"
+    proof = packing.get("proof")
+    if not proof:
+        return "packed, not proven on this model (train.prove)"
+    return (f"packed: loss {number_text(proof['loss_difference'], 2)} and gradients "
+            f"{number_text(proof['gradient_difference'], 2)} from those of separate rows, relative (bound "
+            f"{number_text(proof['bound'], 2)})")
 
 
 def _train_peak(train: dict[str, Any]) -> str:

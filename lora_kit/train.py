@@ -25,9 +25,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from lora_kit import checkpoint, isolate, model, packing, proof, tokens
+from lora_kit import chat, checkpoint, isolate, model, packing, proof, rows, stop_rate, tokens
 from lora_kit.errors import DivergedError, ModelError, RecipeError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
+from lora_kit.ledger import padded_tokens
 from lora_kit.loss import loss_sum
 from lora_kit.recipe import Recipe, TrainSection
 from lora_kit.rundir import Run, writing
@@ -68,7 +69,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
     wrapped = net if settings.shard == "fsdp" and accelerator.num_processes > 1 else accelerator.prepare_model(net)
     log = _Log(work, accelerator.is_main_process)
     state: dict[str, Any] = {"step": 0, "best_loss": None, "best_step": None, "held_out_before": None,
-                             "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0}
+                             "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0, "tokens_padded": 0}
     state = _go_on_from(work, state, named, optimizer, log)
     stop = _StopSignals()
     save_every = save_interval(settings, num_steps)
@@ -91,14 +92,14 @@ def stage(recipe: Recipe, run: Run) -> Result:
     with stop:
         while state["step"] < num_steps:
             step, step_started = state["step"], time.perf_counter()
-            rows = next(batches)
+            batch_rows = next(batches)
             rate = learning_rate_at(step, num_steps, settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
             # One optimizer step: every process takes its share of the batch, in micro-batches.
-            num_trained = sum(train_rows.num_trained(row) for row in rows)
-            micro_batches = shares.of(rows, train_rows)
+            num_trained = sum(train_rows.num_trained(row) for row in batch_rows)
+            micro_batches = shares.of(batch_rows, train_rows)
             total = torch.zeros((), device=accelerator.device)
             for index, micro in enumerate(micro_batches):
                 batch = shares.batch_of(micro, train_rows)
@@ -112,16 +113,17 @@ def stage(recipe: Recipe, run: Run) -> Result:
             loss = float(accelerator.reduce(total, "sum")) / num_trained
             grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
             if not (math.isfinite(loss) and (math.isfinite(grad_norm) or settings.precision == "fp16")):
-                _diverged(step + 1, loss, grad_norm, [train_rows.origins[row] for row in rows])
+                _diverged(step + 1, loss, grad_norm, [train_rows.origins[row] for row in batch_rows])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             seconds = time.perf_counter() - step_started
-            num_tokens = sum(train_rows.length(row) for row in rows)
+            num_tokens = sum(train_rows.length(row) for row in batch_rows)
             state["step"] = step + 1
             state["train_seconds"] += seconds
             state["tokens_total"] += num_tokens
             state["trained_tokens"] += num_trained
+            state["tokens_padded"] += shares.padding_of(batch_rows, train_rows)
             log.metrics({"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
                          "trained_tokens": num_trained, "epoch": (step + 1) * settings.batch_size / len(train_rows)})
             log.timings({"step": step + 1, "seconds": seconds, "tokens": num_tokens,
@@ -158,6 +160,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
             shutil.rmtree(work / "adapter")
             shutil.copytree(work / "best", work / "adapter")
         tell(Note(text=f"kept the adapter of step {state['best_step']}, which had the lowest held-out loss"))
+    stops = _stop_rate(recipe, run, net, accelerator)
     accelerator.wait_for_everyone()
     _check_adapter(work / "adapter")
     adapter = Artifact(
@@ -180,6 +183,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
             "tokens_total": state["tokens_total"], "num_trainable_params": num_trainable, "num_params": num_params,
             "precision": _precision(settings, accelerator), "device": str(accelerator.device),
             "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(), "packing": packed,
+            "tokens_padded": state["tokens_padded"], "stops": stops,
         },
     )
 
@@ -194,6 +198,16 @@ class _Shares:
         return packing.micro_batches(
             rows, examples.length, micro_batch_size=self.micro_batch_size, budget=self.budget,
             process=self.accelerator.process_index, num_processes=self.accelerator.num_processes)
+
+    def padding_of(self, rows: Sequence[int], examples: tokens.ExampleFile) -> int:
+        """Tokens of padding that all processes together make of ``rows``."""
+        if self.budget is not None:
+            return 0
+        number = self.accelerator.num_processes
+        plans = (packing.micro_batches(rows, examples.length, micro_batch_size=self.micro_batch_size, budget=None,
+                                       process=process, num_processes=number) for process in range(number))
+        lengths = {row: examples.length(row) for row in rows}
+        return sum(padded_tokens(lengths, plan) for plan in plans)
 
     def batch_of(self, micro: Sequence[int], examples: tokens.ExampleFile) -> Batch:
         chosen = [examples[row] for row in micro]
@@ -251,6 +265,30 @@ def _pack(recipe: Recipe, net, examples: tokens.ExampleFile, num_steps: int, acc
         tell(Caution(text=f"rows are padded, not packed: {found['why_not']}"))
     else:
         found["budget"] = settings.pack_tokens or settings.micro_batch_size * recipe.data.max_tokens
+    return found
+
+
+def _stop_rate(recipe: Recipe, run: Run, net, accelerator) -> dict[str, Any] | None:
+    """What the main process measures of the model as it is now; None where nothing was."""
+    settings = recipe.train
+    if not settings.stop_prompts or not accelerator.is_main_process:
+        return None
+    if settings.shard == "fsdp" and accelerator.num_processes > 1:
+        tell(Caution(text="the stop rate is not measured: the weights are sharded"))
+        return None
+    packing.stop_packing(net.get_base_model())
+    tokenizer = chat.load_tokenizer(run.resolved["base"]["artifact"]["tokenizer"])
+    most = getattr(net.config.get_text_config(), "max_position_embeddings", None) or recipe.data.max_tokens
+    prompts = stop_rate.prompts_of(tokenizer, rows.read_held_out(run.stage_dir("data")), settings.stop_prompts,
+                                   most - settings.stop_within, recipe.data.tools)
+    with accelerator.autocast():
+        found = stop_rate.measure_stop_rate(net, tokenizer, prompts, settings.stop_within)
+    if found:
+        tell(Note(text=f"{found['num_stopped']} of {found['num_prompts']} answers to held-out prompts stop by "
+                       f"themselves within {settings.stop_within} tokens"))
+        if not found["num_stopped"]:
+            tell(Caution(text="no answer stops by itself: train for longer, raise train.stop_within, or check "
+                              "that the stop token is trained on (lora-kit data RECIPE --show 1)"))
     return found
 
 
