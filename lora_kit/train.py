@@ -23,6 +23,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lora_kit import adapter as adapters
 from lora_kit import checkpoint, isolate, model, tokens
 from lora_kit.errors import DivergedError, ModelError, RecipeError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
@@ -278,9 +279,9 @@ def _model_with_adapter(recipe: Recipe, run: Run, accelerator):
         net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=False)
     if settings.from_adapter:
         folder = Path(settings.from_adapter).expanduser()
-        net = model.continue_adapter(net, folder if folder.is_absolute() else run.recipe_file.folder / folder)
+        net = adapters.continue_adapter(net, folder if folder.is_absolute() else run.recipe_file.folder / folder)
     else:
-        net = model.add_adapter(net, recipe.lora, recipe.seed)
+        net = adapters.add_adapter(net, recipe.lora, recipe.seed)
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -344,7 +345,7 @@ def _write_adapter(net, folder: Path, recipe: Recipe, accelerator) -> None:
         folder.mkdir(parents=True)
         # Left to itself peft asks the hub whether the base's vocabulary has changed.
         ours = get_peft_model_state_dict(net, state_dict=full, save_embedding_layers=False)
-        model.save_adapter(net, folder, recipe.model.base, ours)
+        adapters.save_adapter(net, folder, recipe.model.base, ours)
         (folder / "README.md").unlink(missing_ok=True)
 
 
