@@ -6,8 +6,18 @@ import json
 
 import pytest
 
-from lora_kit.adapter import add_adapter, continue_adapter, load_adapter
+from lora_kit.adapter import (
+    adapter_tensors,
+    add_adapter,
+    check_trained,
+    continue_adapter,
+    load_adapter,
+    sha256_of,
+    token_ids_of,
+)
 from lora_kit.adapter import save_adapter as save_trained
+from lora_kit.adapter_check import check_adapter
+from lora_kit.chat import load_tokenizer
 from lora_kit.errors import ModelError, RecipeError, RefusedError
 from lora_kit.model import load_base
 from lora_kit.recipe import LoraSection
@@ -50,8 +60,8 @@ def test_the_first_values_are_a_function_of_the_seed(tiny_model):
 
 
 @pytest.mark.parametrize(("targets", "told"), [
-    (["q_prj"], "'q_prj' matches no module that can be adapted; there are: down_proj, gate_proj, k_proj"),
-    (["q_proj", "v_prj"], "'v_prj' matches no module that can be adapted"),
+    (["q_prj"], "'q_prj' matches no module that can be adapted; did you mean 'q_proj'? there are: down_proj, gate"),
+    (["q_proj", "v_prj"], "'v_prj' matches no module that can be adapted; did you mean 'v_proj'?"),
     (["self_attn"], "'self_attn' matches no module that can be adapted"),
     (["input_layernorm"], "'input_layernorm' matches no module that can be adapted"),
     (["all-linear", "q_proj"], "names all-linear beside others"),
@@ -68,6 +78,84 @@ def test_the_head_of_an_untied_model_may_be_adapted(tmp_path):
     folder, _ = tiny.save_model(tmp_path / "untied", tie_word_embeddings=False)
     names = lora_parameters(add_adapter(load_base(folder, dtype="fp32"), LoraSection(targets=["lm_head"]), 0))
     assert len(names) == 2 and all("lm_head" in name for name in names)
+
+
+@pytest.fixture(scope="module")
+def untied_model(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("untied") / "model", tie_word_embeddings=False)[0]
+
+
+@pytest.mark.parametrize(("section", "told"), [
+    ({"exclude": ["down_prj"]}, "lora.exclude: 'down_prj' matches no module that can be adapted; did you mean 'd"),
+    ({"layers": [0, 2]}, "lora.layers: no module of layer 2 is adapted; the layers are 0 to 1"),
+    ({"layers": [0], "targets": ["model.layers.1.self_attn.q_proj", "v_proj"]},
+     "lora.layers: model.layers.1.self_attn.q_proj is adapted, which is in none of them"),
+    ({"rank_pattern": {"q_porj": 2}}, "lora.rank_pattern: 'q_porj' matches no module that is adapted; they end in: d"),
+    ({"alpha_pattern": {"layers.5.*": 2}}, "lora.alpha_pattern: 'layers.5.*' matches no module that is adapted"),
+    ({"rank_pattern": {"q_proj(": 2}}, "lora: the pattern 'q_proj(' is no regular expression ("),
+    ({"modules_to_save": ["input_layernrm"]}, "lora.modules_to_save: 'input_layernrm' matches no module; did you"),
+    ({"modules_to_save": ["embed_tokens"]}, "lora.modules_to_save: 'embed_tokens' is tied to the other end"),
+    ({"modules_to_save": ["model"]}, "lora.modules_to_save: 'model' is tied to the other end"),
+    ({"init": "orthogonal", "rank": 3}, "lora: peft refuses it (Orthogonal initialization requires"),
+    ({"init": "pissa", "rank": 40}, "lora.rank: init pissa takes 40 directions of model.layers.0.self_attn.k"),
+    ({"init": "mica", "rank": 4, "rank_pattern": {"v_proj": 50}},
+     "lora.rank_pattern.v_proj: init mica takes 50 directions of model.layers.0.self_attn.v_proj, which has 32"),
+])
+def test_what_the_model_has_no_place_for_is_told_by_name(tiny_model, section, told):
+    with pytest.raises(RecipeError) as caught:
+        adapted(tiny_model, **section)
+    assert str(caught.value).startswith(told)
+
+
+def test_new_rows_of_a_tied_embedding_are_refused_and_ids_checked(tiny_model, untied_model):
+    with pytest.raises(RecipeError, match="lora.trainable_tokens: the input embedding is tied"):
+        add_adapter(load_base(tiny_model, dtype="fp32"), LoraSection(), 0, [5])
+    with pytest.raises(RecipeError, match="lora.trainable_tokens: 320 is no token: the model has 320"):
+        add_adapter(load_base(untied_model, dtype="fp32"), LoraSection(), 0, [5, 320])
+
+
+def test_tokens_are_named_by_id_or_text(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    assert token_ids_of([7, "<|im_end|>", 7, "a"], tokenizer) == sorted({7, 2, tokenizer("a")["input_ids"][0]})
+    with pytest.raises(RecipeError, match="'ab' is 2 tokens, not one"):
+        token_ids_of(["ab"], tokenizer)
+
+
+def test_layers_exclusions_and_patterns_reach_the_modules(tiny_model):
+    parameters = lora_parameters(adapted(tiny_model, rank=4, layers=[1], exclude=["down_proj"],
+                                         rank_pattern={"layers.1.self_attn.q_proj": 2}))
+    ranks = {name.split(".lora_A")[0].removeprefix("base_model.model.model."): parameter.shape[0]
+             for name, parameter in parameters.items() if "lora_A" in name}
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+             "mlp.up_proj"]
+    assert ranks == {f"layers.1.{name}": 2 if "q_proj" in name else 4 for name in names}
+
+
+def test_an_adapter_that_fits_a_changed_base_is_refused(tiny_model, tmp_path):
+    saved = save_adapter(tiny_model, tmp_path / "adapter", init_lora_weights="pissa")
+    for use in (lambda: load_adapter(load_base(tiny_model, dtype="fp32"), saved),
+                lambda: check_adapter(tiny_model, saved)):
+        with pytest.raises(ModelError, match="was made with pissa, and fits a base that was changed for it"):
+            use()
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (lambda name, tensor: tensor, "is what it was before the first step"),
+    (lambda name, tensor: tensor * 0 if "lora_A" in name else tensor, "changes nothing"),
+    (lambda name, tensor: tensor * float("nan") if "k_proj.lora_B" in name else tensor, "values that are not finite"),
+    (lambda name, tensor: tensor * 1.5, None),
+])
+@pytest.mark.parametrize("changed_base", [False, True])
+def test_an_adapter_is_looked_at_when_training_ends(tiny_model, tmp_path, change, told, changed_base):
+    net = adapted(tiny_model, rank=4)
+    before = {name: tensor.clone().normal_() for name, tensor in adapter_tensors(net).items()}
+    save_trained(net, tmp_path / "start", "base", before)
+    start = tmp_path / "start" if changed_base else None
+    save_trained(net, tmp_path / "end", "base", {name: change(name, tensor) for name, tensor in before.items()}, start)
+    if told is None or changed_base and told == "changes nothing":  # A times 0 takes the first product away again
+        return check_trained(tmp_path / "end", sha256_of(before), start)
+    with pytest.raises(ModelError, match=told):
+        check_trained(tmp_path / "end", sha256_of(before), start)
 
 
 # ---- an adapter on disk ----------------------------------------------------------------

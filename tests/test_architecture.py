@@ -24,7 +24,7 @@ LEVELS = {
     1: "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate shipped formats metrics "
        "records rows prepared schedule tool_calls model_files suite items gates charts report_document "
        "report_html report_findings report_costs report_snippets report_sections report_proofs",
-    2: "chat tokens model loss checkpoint bnb_mend adapter adapter_check",
+    2: "chat tokens model loss checkpoint bnb_mend adapter adapter_start adapter_check optimizer trackers",
     3: "engines quantizers certificate scoring",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference",
     5: "pipeline terminal",
