@@ -10,8 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_kit.adapter import is_zero, refuse_changed_base
 from lora_kit.errors import ModelError, RefusedError
 from lora_kit.model import read_config
+
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+"""End of the name under which peft saves trained rows of an embedding."""
 
 
 def check_adapter(base_dir: Path, adapter_dir: Path) -> None:
@@ -32,6 +36,7 @@ def check_adapter(base_dir: Path, adapter_dir: Path) -> None:
         raise ModelError(where, "is not a PEFT adapter (no adapter_config.json)", "name an adapter folder") from None
     except ValueError:
         raise RefusedError(f"{where}/adapter_config.json", "is not JSON", "train the adapter again") from None
+    refuse_changed_base(adapter_dir)
     path = adapter_dir / "adapter_model.safetensors"
     if not path.exists():
         raise RefusedError(where, "has no safetensors weights, and pickled ones are not loaded",
@@ -47,9 +52,8 @@ def check_adapter(base_dir: Path, adapter_dir: Path) -> None:
         if not torch.isfinite(tensor).all():
             raise ModelError(where, f"holds values that are not finite ({name})",
                              "train again with a lower learning rate")
-    second = [tensor for name, tensor in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
-    if not second or not any(tensor.any() for tensor in second):
-        raise ModelError(where, "changes nothing: every B matrix is zero", "train for more steps")
+    if is_zero(weights):
+        raise ModelError(where, "changes nothing: A or B of every pair is zero", "train for more steps")
 
 
 def _check_places(where: str, weights: dict[str, Any], config: dict[str, Any], base_dir: Path) -> None:
@@ -81,6 +85,8 @@ def _check_places(where: str, weights: dict[str, Any], config: dict[str, Any], b
 def _split_name(name: str) -> tuple[str, str]:
     """``base_model.model.PATH.lora_A.weight`` as (PATH, lora_A)."""
     path = name.removeprefix("base_model.model.")
+    if path.endswith(_TOKENS):
+        return path.removesuffix(_TOKENS), "rows"
     for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
         if f".{part}" in path:
             return path[: path.index(f".{part}")], part
@@ -89,6 +95,8 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _expected_size(part: str, shape, transposed: bool) -> tuple[int, int] | None:
     """(dimension, size) that the adapter's tensor must have for a base weight of ``shape`` (out, in)."""
+    if part == "rows":
+        return 1, shape[1]
     if part not in ("lora_A", "lora_B", "lora_magnitude_vector"):
         return None
     num_out, num_in = reversed(shape) if transposed else shape

@@ -98,26 +98,39 @@ def load_tensors(checkpoint: Checkpoint, stem: str) -> dict[str, Any]:
 
 
 def optimizer_tensors(optimizer) -> dict[str, Any]:
-    """The optimizer's state as flat names ``<parameter index>.<key>`` -> tensor."""
+    """The optimizer's state as flat names ``<parameter index>.<key>`` -> tensor.
+
+    Read from the state itself: bitsandbytes' ``state_dict`` wraps 8-bit moments into dictionaries of their own.
+    """
     import torch
 
     flat = {}
-    for index, by_key in optimizer.state_dict()["state"].items():
-        for key, value in by_key.items():
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            # bitsandbytes shares one quantization map among all parameters, and safetensors takes no shared memory.
+            value = value.clone() if key.startswith("qmap") else value
             flat[f"{index}.{key}"] = whole(value) if isinstance(value, torch.Tensor) else torch.tensor(value)
     return flat
 
 
 def load_optimizer_tensors(optimizer, flat: dict[str, Any]) -> None:
     """Put what :func:`optimizer_tensors` gave back into ``optimizer`` (same parameters, same order)."""
+    import torch
+
     state = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
     by_index: dict[int, dict[str, Any]] = {}
     for name, tensor in flat.items():
         index, _, key = name.partition(".")
-        by_index.setdefault(int(index), {})[key] = like(tensor, parameters[int(index)])
+        # A count of steps that bitsandbytes keeps as a Python number; torch's own is a float tensor.
+        value = int(tensor) if tensor.dtype == torch.int64 else like(tensor, parameters[int(index)])
+        by_index.setdefault(int(index), {})[key] = value
     state["state"] = by_index
     optimizer.load_state_dict(state)
+
+
+def _parameters(optimizer) -> list:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def random_state() -> dict[str, Any]:

@@ -24,6 +24,10 @@ LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "bitsand
 EXTRAS = {
     "llama-cpp-python": "speed and answers of GGUF files",
     "flash-attn": "attention: flash_attention_2 on NVIDIA GPUs",
+    "tensorboard": "train.track: tensorboard",
+    "trackio": "train.track: trackio",
+    "wandb": "train.track: wandb",
+    "mlflow": "train.track: mlflow",
 }
 """Optional packages and what they are for."""
 

@@ -133,8 +133,12 @@ def num_lora_params(shape: Shape, lora: LoraSection) -> int:
     Source: Hu et al. 2021 (arXiv:2106.09685) section 4.1; Liu et al. 2024 (arXiv:2402.09353) equation 5.
 
     Raises:
-        ModelError: a target that is no module of this layout.
+        ModelError: a target that is no module of this layout, or an adapter whose size depends on more than rank and
+            targets.
     """
+    if not lora.counted:
+        raise ModelError("lora", "its size does not follow from rank and targets alone",
+                         "the train stage counts what is trained")
     blocks, head = linear_sizes(shape), (shape.vocab_size, shape.hidden_size)
     names = list(blocks) if lora.targets == ["all-linear"] else [target.rpartition(".")[2] for target in lora.targets]
     total = 0
@@ -183,19 +187,20 @@ class TrainingBytes:
 
 
 def training_bytes(
-    shape: Shape, lora: LoraSection, *, precision: str = "bf16", load_in: str = "16bit"
+    shape: Shape, lora: LoraSection, *, precision: str = "bf16", load_in: str = "16bit", optimizer: str = "adamw"
 ) -> TrainingBytes:
     """Bytes held through a step: frozen weights, and for the adapter alone its values, gradients and AdamW states.
 
     Adapter and gradients 4 bytes a trained parameter, AdamW's two moments 8 (Loshchilov and Hutter 2019,
-    arXiv:1711.05101 algorithm 2).
+    arXiv:1711.05101 algorithm 2), or in 8 bits 2 and an fp32 scale each per 256 values (Dettmers et al. 2021,
+    arXiv:2110.02861 section 2.1; factors of under 4,096 values stay in fp32, which this leaves out).
     """
     trained = num_lora_params(shape, lora)
     return TrainingBytes(
         weights=weight_bytes(shape, precision=precision, load_in=load_in),
         adapter=ADAPTER_BYTES * trained,
         gradients=ADAPTER_BYTES * trained,
-        optimizer=2 * ADAPTER_BYTES * trained,
+        optimizer=2 * trained + 2 * 4 * trained // 256 if optimizer != "adamw" else 2 * ADAPTER_BYTES * trained,
     )
 
 

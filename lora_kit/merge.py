@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit import certificate, isolate
+from lora_kit.adapter import load_adapter
 from lora_kit.adapter_check import check_adapter
 from lora_kit.chat import load_tokenizer
 from lora_kit.engines import open_engine
 from lora_kit.errors import ModelError
-from lora_kit.model import load_adapter, load_base, torch_dtype, weight_bytes
+from lora_kit.model import load_base, torch_dtype, weight_bytes
 from lora_kit.model_files import copy_tokenizer, save_weights
 from lora_kit.recipe import Recipe
 from lora_kit.rundir import Run, write_json, writing

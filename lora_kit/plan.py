@@ -72,7 +72,8 @@ def make_plan(recipe: Recipe, found: Prepared, base: dict[str, Any]) -> Plan:
     if shape is not None:
         num_params = memory.num_params(shape)
         # An adapter that training goes on from has its own shape, and the formulas know whole layers' names only.
-        if not recipe.train.from_adapter and not any("." in target for target in recipe.lora.targets):
+        if (not recipe.train.from_adapter and recipe.lora.counted
+                and not any("." in target for target in recipe.lora.targets)):
             num_trainable = _num_trainable(shape, recipe)
     return Plan(
         ledger=found.ledger(), num_steps=num_steps, num_epochs=num_steps * settings.batch_size / len(examples),

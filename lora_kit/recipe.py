@@ -8,9 +8,11 @@ Recipe never changes. Torch-free; reads and writes nothing.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -35,6 +37,8 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=False, allow_inf_nan=False, use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+    not_here: ClassVar[dict[str, tuple[str, str]]] = {}
+    """Keys that a user may know from elsewhere -> what is to be said of them, and what to do."""
 
 
 def _as_list(value: Any) -> Any:
@@ -138,8 +142,52 @@ class DataSection(Section):
                 "changed_turns": self.changed_turns}
 
 
+_REFUSED_LORA = {
+    "layer_replication": "peft 0.21 merges repeated layers wrongly and says nothing (measured: off by 11)",
+    "loftq_config": "LoftQ needs a CUDA device; train on the plain base, or set model.load_in: 4bit",
+    "lora_ga_config": "LoRA-GA needs the gradients of the whole base, which this kit never holds; try init: eva",
+    "bias": "peft cannot switch a trained bias of the base off again, so that base and adapter cannot be told apart",
+    "lora_bias": "peft cannot merge a bias into layers that have none",
+    "alora_invocation_tokens": "an adapter that acts from one token on cannot be merged",
+    "arrow_config": "a router between adapters cannot be merged",
+    "use_qalora": "peft has it for GPTQ bases alone, and those cannot be merged into",
+    "kasa_config": "it changes the base for good: the adapter would not fit the base it names",
+    "monteclora_config": "it needs a loss term of its own, which the training loop does not have",
+    "velora_config": "it approximates the gradients, and is not measured here",
+    "use_bdlora": "it is made for one way of serving, and is not measured here",
+    "target_parameters": "adapters on bare tensors (experts in one tensor) are not certified here",
+    "megatron_config": "Megatron's layers are not loaded here",
+}
+"""Options of peft's LoraConfig that a recipe cannot have, and why."""
+
+_CALLED_HERE = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
+    "exclude_modules": "exclude", "use_rslora": "rslora", "use_dora": "dora", "init_lora_weights": "init",
+    "layers_to_transform": "layers", "trainable_token_indices": "trainable_tokens",
+}
+"""peft's names of what is called otherwise here."""
+
+_REFUSED_INITS = {"loftq": _REFUSED_LORA["loftq_config"], "lora_ga": _REFUSED_LORA["lora_ga_config"]}
+_INIT_PATTERN = "default|gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+|eva|corda|corda_kpm|mica"
+
+
+def _known_init(value: Any) -> Any:
+    if value in _REFUSED_INITS:
+        raise ValueError(f"refused: {_REFUSED_INITS[value]}")
+    if isinstance(value, str) and not re.fullmatch(_INIT_PATTERN, value):
+        known = _INIT_PATTERN.replace("[0-9]+", "N").split("|")
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+        raise ValueError(f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}")
+    return value
+
+
 class LoraSection(Section):
     """The adapter (peft LoraConfig)."""
+
+    not_here: ClassVar[dict[str, tuple[str, str]]] = {
+        **{key: (f"is called '{name}' here", f"write {name}") for key, name in _CALLED_HERE.items()},
+        **{key: (f"is refused: {why}", "leave it out") for key, why in _REFUSED_LORA.items()},
+    }
 
     rank: Count = 16
     """Rank of the two factors."""
@@ -151,10 +199,51 @@ class LoraSection(Section):
         list[str], BeforeValidator(_as_list), _one_or_many({"type": "string"})
     ] = Field(default=["all-linear"], min_length=1)
     """Module names to adapt, or `all-linear`: every linear layer but the head."""
+    exclude: Annotated[list[str], BeforeValidator(_as_list), _one_or_many({"type": "string"})] = []
+    """Module names that `targets` matches and that are left out all the same."""
+    layers: list[Annotated[int, Field(ge=0), _NumberOnly]] = []
+    """Numbers of the layers to adapt, from 0. Default: all."""
+    layers_pattern: str | None = None
+    """Name of the list of layers in the model, where `layers` does not find it by itself (`layers`, `h`)."""
+    rank_pattern: dict[str, Count] = {}
+    """Other ranks by module name: a regular expression that the end of the name matches, such as
+    `layers.0.self_attn.q_proj` or `down_proj`."""
+    alpha_pattern: dict[str, Positive] = {}
+    """Other alphas by module name, as in `rank_pattern`."""
+    init: Annotated[
+        str, BeforeValidator(_known_init), WithJsonSchema({"type": "string", "pattern": f"^({_INIT_PATTERN})$"})
+    ] = "default"
+    """First values of the factors: default (A random, B zero), gaussian, orthogonal, olora, pissa, pissa_niter_N
+    (N rounds of the quick SVD), eva, corda, corda_kpm, mica. eva and corda run training rows through the base first.
+    olora, pissa and corda train on a changed base; the saved adapter has twice the rank and fits the original one."""
     rslora: bool = False
     """Rank-stabilised scale: alpha/sqrt(rank)."""
     dora: bool = False
     """Weight-decomposed LoRA (DoRA): a trained magnitude beside the direction."""
+    modules_to_save: Annotated[list[str], BeforeValidator(_as_list), _one_or_many({"type": "string"})] = []
+    """Module names that are trained whole and saved in the adapter. Not the ends of a tied model."""
+    trainable_tokens: list[Annotated[int, Field(ge=0), _NumberOnly] | str] = []
+    """Tokens whose rows of the input embedding are trained: ids, or texts that are one token each. Not in a tied
+    model."""
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the first values are computed from the base or the data, once, before training."""
+        return self.init not in ("default", "gaussian", "orthogonal")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether training starts from the base less the adapter's first values."""
+        return self.init.startswith(("pissa", "olora", "corda"))
+
+    @property
+    def counted(self) -> bool:
+        """Whether the adapter's size follows from rank and targets alone."""
+        return not (self.exclude or self.layers or self.rank_pattern or self.modules_to_save or self.trainable_tokens
+                    or self.init in ("eva", "mica"))
+
+
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 
 class TrainSection(Section):
@@ -178,6 +267,10 @@ class TrainSection(Section):
     on this model; packing is switched off when they differ. auto: when that costs under 2 % of the run."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
+    lora_plus_ratio: Annotated[float, Field(ge=1), _NumberOnly] = 1.0
+    """LoRA+: how many times faster B learns than A; 1 is plain LoRA."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW with moments in fp32, or in 8 bits (bitsandbytes), or those in memory that a CUDA device pages out."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warm-up: cosine to zero, or constant."""
     warmup: Fraction = 0.05
@@ -205,6 +298,11 @@ class TrainSection(Section):
     """Continue from this PEFT adapter (a path relative to the recipe) instead of a fresh one."""
     shard: Literal["none", "fsdp"] = "none"
     """Over several processes: a full copy each (DDP), or weights sharded layer by layer (FSDP2)."""
+    track: Annotated[
+        list[Tracker], BeforeValidator(_as_list), _one_or_many({"enum": list(get_args(Tracker)), "type": "string"})
+    ] = []
+    """Experiment trackers that are told what metrics.jsonl says: tensorboard, trackio, wandb, mlflow. Each is an extra
+    of lora-kit."""
 
 
 class MergeSection(Section):

@@ -186,9 +186,16 @@ def _without_effect(recipe: Recipe, values: dict, place: yaml_file.Places) -> li
     if given("eval", "sample_tokens") and not recipe.eval.samples:
         report(("eval", "sample_tokens"), "eval.samples is 0", "remove one of them")
     if recipe.train.from_adapter:
-        for key in ("rank", "alpha", "dropout", "targets", "rslora", "dora"):
+        for key in type(recipe.lora).model_fields:
             if given("lora", key):
                 report(("lora", key), "train.from_adapter brings its own", "remove it")
+    if given("lora", "layers_pattern") and not recipe.lora.layers:
+        report(("lora", "layers_pattern"), "lora.layers names no layers", "set lora.layers or remove it")
+    if recipe.model.load_in != "16bit" and recipe.lora.init not in ("default", "gaussian", "eva"):
+        problems.append(RecipeError(
+            place.of(("lora", "init")), f"'lora.init' is '{recipe.lora.init}', which is made from or like the base's "
+            f"exact weights, and model.load_in: {recipe.model.load_in} holds rounded ones",
+            "set model.load_in: 16bit, or init: eva"))
     pinned = [(recipe.model.base, recipe.model.sha256, ("model", "sha256"))]
     for part in ("train", "held_out"):
         for at, source in _sources(recipe, values, part):

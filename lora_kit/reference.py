@@ -146,7 +146,9 @@ def _one_value(part: Mapping[str, Any]) -> str:
     if "const" in part:
         return f"`{part['const']}`"
     if part.get("type") == "array":
-        return f"list of {_one_value(part['items'])}"
+        return f"list of {_value(part['items'])}"
+    if part.get("type") == "object":
+        return f"names, each with {_value(part['additionalProperties'])}"
     kind = {"string": "text", "integer": "integer", "number": "number", "boolean": "`true` \\| `false`"}[part["type"]]
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {part[key]:g}" for key, sign in bounds.items() if key in part]
@@ -155,7 +157,7 @@ def _one_value(part: Mapping[str, Any]) -> str:
 
 def _default(field: Mapping[str, Any]) -> str:
     default = field.get("default")
-    if default is None or default == "" or default == []:
+    if default is None or default in ("", [], {}):
         return "–"
     return f"`{json.dumps(default)}`" if not isinstance(default, str) else f"`{default}`"
 

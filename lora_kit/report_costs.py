@@ -171,7 +171,7 @@ def _memory_parts(found: Findings) -> tuple[list[tuple[str, float]] | None, str]
     try:
         shape = memory.shape_of(found.config or {})
         held = memory.training_bytes(shape, found.recipe.lora, precision=train.get("precision", "bf16"),
-                                     load_in=found.recipe.model.load_in)
+                                     load_in=found.recipe.model.load_in, optimizer=found.recipe.train.optimizer)
     except ModelError as error:
         return None, error.what
     if (train.get("num_processes") or 1) > 1 and found.recipe.train.shard != "none":

@@ -121,6 +121,13 @@ def _worst(found: Findings, name: str) -> str | Cell:
     return "–"
 
 
+_OPTIMIZERS = {"adamw": "AdamW", "adamw_8bit": "AdamW in 8 bits", "paged_adamw_8bit": "paged AdamW in 8 bits"}
+
+
+def _lora_plus(settings) -> str:
+    return f" (B {number_text(settings.lora_plus_ratio)} times it)" if settings.lora_plus_ratio != 1 else ""
+
+
 def training(found: Findings) -> Section:
     """The loss curve and how training went."""
     train, recipe = found.figures("train"), found.recipe
@@ -131,8 +138,9 @@ def training(found: Findings) -> Section:
     rows: list[list[str | Cell]] = [
         ["adapter", f"rank {lora.rank}, alpha {number_text(lora.alpha)}, dropout {number_text(lora.dropout)}, "
                     f"targets {', '.join(lora.targets)}" + (", rsLoRA" if lora.rslora else "")
-                    + (", DoRA" if lora.dora else "")],
-        ["optimizer", f"AdamW, learning rate {number_text(recipe.train.learning_rate)}, {recipe.train.schedule}, "
+                    + (", DoRA" if lora.dora else "") + (f", init {lora.init}" if lora.init != "default" else "")],
+        ["optimizer", f"{_OPTIMIZERS[recipe.train.optimizer]}, learning rate "
+                      f"{number_text(recipe.train.learning_rate)}{_lora_plus(recipe.train)}, {recipe.train.schedule}, "
                       f"warm-up {number_text(100 * recipe.train.warmup)} %, batch {recipe.train.batch_size}"],
     ]
     if train:

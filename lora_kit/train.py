@@ -25,11 +25,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from lora_kit import chat, checkpoint, isolate, model, packing, proof, rows, stop_rate, tokens
-from lora_kit.errors import DivergedError, ModelError, RecipeError, StoppedError
+from lora_kit import adapter as adapters
+from lora_kit import adapter_start, chat, checkpoint, isolate, model, packing, proof, rows, stop_rate, tokens, trackers
+from lora_kit.errors import DivergedError, RecipeError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
 from lora_kit.ledger import padded_tokens
 from lora_kit.loss import loss_sum
+from lora_kit.optimizer import make_optimizer, set_learning_rate
 from lora_kit.recipe import Recipe, TrainSection
 from lora_kit.rundir import Run, writing
 from lora_kit.schedule import count_steps, learning_rate_at, save_interval
@@ -53,24 +55,27 @@ def stage(recipe: Recipe, run: Run) -> Result:
     isolate.reset_peak_memory()
     started = time.perf_counter()
     settings, work = recipe.train, run.work("train")
-    accelerator = _accelerator(settings)
+    trackers.check_installed(settings.track)
+    accelerator = _accelerator(settings, **trackers.options_of_accelerator(settings.track, work))
     data_dir = run.stage_dir("data")
     train_rows = tokens.read_examples(data_dir, "train")
     held_out_rows = tokens.read_examples(data_dir, "held_out")
     num_steps = count_steps(settings, len(train_rows))
     _check_split(settings, accelerator.num_processes)
 
-    net = _model_with_adapter(recipe, run, accelerator)
+    net = _model_with_adapter(recipe, run, accelerator, train_rows)
+    start = work / "start" if recipe.lora.changes_base and not settings.from_adapter else None
     named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
     trainable = [parameter for _, parameter in named]
     num_trainable, num_params = count_parameters(net)
-    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    optimizer = accelerator.prepare_optimizer(optimizer)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(named, settings, accelerator.device.type))
     wrapped = net if settings.shard == "fsdp" and accelerator.num_processes > 1 else accelerator.prepare_model(net)
-    log = _Log(work, accelerator.is_main_process)
+    log = _Log(work, accelerator)
     state: dict[str, Any] = {"step": 0, "best_loss": None, "best_step": None, "held_out_before": None,
-                             "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0, "tokens_padded": 0}
+                             "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0, "tokens_padded": 0,
+                             "start_sha256": adapters.sha256_of(adapters.adapter_tensors(net))}
     state = _go_on_from(work, state, named, optimizer, log)
+    tracking = trackers.start(accelerator, recipe, run.path.name, work)
     stop = _StopSignals()
     save_every = save_interval(settings, num_steps)
     packed = _pack(recipe, net, train_rows, num_steps, accelerator)
@@ -89,13 +94,12 @@ def stage(recipe: Recipe, run: Run) -> Result:
 
     batches = tokens.stream_of_batches(len(train_rows), settings.batch_size, recipe.seed, state["step"])
     wrapped.train()
-    with stop:
+    with stop, tracking:
         while state["step"] < num_steps:
             step, step_started = state["step"], time.perf_counter()
             batch_rows = next(batches)
             rate = learning_rate_at(step, num_steps, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(optimizer, rate)
 
             # One optimizer step: every process takes its share of the batch, in micro-batches.
             num_trained = sum(train_rows.num_trained(row) for row in batch_rows)
@@ -144,7 +148,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
                 if state["best_loss"] is None or current < state["best_loss"]:
                     state["best_loss"], state["best_step"] = current, state["step"]
                     if settings.keep == "best":
-                        _write_adapter(net, work / "best", recipe, accelerator)
+                        _write_adapter(net, work / "best", recipe, accelerator, start)
                 state["held_out_after"] = current
             if finished or state["step"] % save_every == 0 or stop.requested(accelerator):
                 save()
@@ -154,7 +158,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
                     "run the same command again" if accelerator.num_processes > 1 else
                     f"go on with: lora-kit train {run.path}")
 
-    _write_adapter(net, work / "adapter", recipe, accelerator)
+    _write_adapter(net, work / "adapter", recipe, accelerator, start)
     if settings.keep == "best" and state["best_step"] not in (None, num_steps) and accelerator.is_main_process:
         with writing(work):
             shutil.rmtree(work / "adapter")
@@ -162,7 +166,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
         tell(Note(text=f"kept the adapter of step {state['best_step']}, which had the lowest held-out loss"))
     stops = _stop_rate(recipe, run, net, accelerator)
     accelerator.wait_for_everyone()
-    _check_adapter(work / "adapter")
+    adapters.check_trained(work / "adapter", state.get("start_sha256"), start)
     adapter = Artifact(
         name="adapter", path="train/adapter", kind="adapter", base=run.resolved["base"]["artifact"]["path"],
         tokenizer=run.resolved["base"]["artifact"]["tokenizer"],  # with the recipe's template, when it names one
@@ -302,7 +306,7 @@ def count_parameters(net) -> tuple[int, int]:
     return trainable, total
 
 
-def _accelerator(settings: TrainSection):
+def _accelerator(settings: TrainSection, **options: Any):
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -316,7 +320,7 @@ def _accelerator(settings: TrainSection):
     # accelerate keeps the precision of the first training of a process for all later ones; ours have their own.
     AcceleratorState._reset_state()
     # Without cpu=True accelerate 1.15 forms no group of processes on a machine without a GPU.
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), **options)
     if accelerator.num_processes != expected:
         # Measured: `accelerate launch --cpu --num_processes 2` silently runs one process.
         raise RecipeError("launch", f"{expected} processes were launched and {accelerator.num_processes} take part",
@@ -347,22 +351,39 @@ def _check_split(settings: TrainSection, num_processes: int) -> None:
                           "processes", f"use {below or num_processes} or {below + num_processes}")
 
 
-def _model_with_adapter(recipe: Recipe, run: Run, accelerator):
-    settings = recipe.train
-    base = run.resolved["base"]["artifact"]["path"]
+def _model_with_adapter(recipe: Recipe, run: Run, accelerator, train_rows: tokens.ExampleFile):
+    import torch
+
+    settings, lora = recipe.train, recipe.lora
+    base = run.resolved["base"]["artifact"]
     # Frozen weights are held in the arithmetic's own type; the adapter stays in fp32 either way.
     dtype = _precision(settings, accelerator)
-    net = model.load_base(base, dtype=dtype, device=accelerator.device, load_in=recipe.model.load_in,
-                          attention=recipe.model.attention)
-    if recipe.model.load_in != "16bit":
+
+    def load():
+        net = model.load_base(base["path"], dtype=dtype, device=accelerator.device, load_in=recipe.model.load_in,
+                              attention=recipe.model.attention)
+        if recipe.model.load_in == "16bit":
+            return net
         from peft import prepare_model_for_kbit_training
 
-        net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=False)
+        return prepare_model_for_kbit_training(net, use_gradient_checkpointing=False)
+
+    token_ids = (adapters.token_ids_of(lora.trainable_tokens, chat.load_tokenizer(base["tokenizer"]))
+                 if lora.trainable_tokens else [])
     if settings.from_adapter:
         folder = Path(settings.from_adapter).expanduser()
-        net = model.continue_adapter(net, folder if folder.is_absolute() else run.recipe_file.folder / folder)
+        net = adapters.continue_adapter(load(), folder if folder.is_absolute() else run.recipe_file.folder / folder)
+    elif lora.prepared:
+        start = run.work("train") / "start"
+        if accelerator.is_main_process and not start.exists():
+            tell(Note(text=f"computing the adapter's first values ({lora.init}), once"))
+            adapter_start.write_start(load(), lora, recipe.seed, train_rows, start, reference=recipe.model.base,
+                                      micro_batch_size=settings.micro_batch_size, token_ids=token_ids)
+        accelerator.wait_for_everyone()
+        net = adapter_start.adapter_from_start(load(), lora, start)
+        torch.manual_seed(recipe.seed)
     else:
-        net = model.add_adapter(net, recipe.lora, recipe.seed)
+        net = adapters.add_adapter(load(), lora, recipe.seed, token_ids)
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -414,33 +435,13 @@ def _go_on_from(work: Path, state: dict, named, optimizer, log: _Log) -> dict:
     return {key: value for key, value in found.state.items() if key not in ("random", "metrics_offsets")}
 
 
-def _write_adapter(net, folder: Path, recipe: Recipe, accelerator) -> None:
-    from peft import get_peft_model_state_dict
-
-    full = {name: checkpoint.whole(parameter.detach()) for name, parameter in net.named_parameters()
-            if parameter.requires_grad}
+def _write_adapter(net, folder: Path, recipe: Recipe, accelerator, start: Path | None) -> None:
+    tensors = adapters.adapter_tensors(net)
     if not accelerator.is_main_process:
         return
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        # Left to itself peft asks the hub whether the base's vocabulary has changed.
-        ours = get_peft_model_state_dict(net, state_dict=full, save_embedding_layers=False)
-        model.save_adapter(net, folder, recipe.model.base, ours)
-        (folder / "README.md").unlink(missing_ok=True)
-
-
-def _check_adapter(folder: Path) -> None:
-    """ModelError for an adapter that is not finite or changes nothing: success is never claimed for one."""
-    from safetensors.torch import load_file
-
-    saved = load_file(str(folder / "adapter_model.safetensors"))
-    if not all(tensor.isfinite().all() for tensor in saved.values()):
-        raise ModelError(str(folder), "has values that are not finite", "lower train.learning_rate")
-    second_factors = [tensor for name, tensor in saved.items() if "lora_B" in name]
-    if second_factors and not any(tensor.any() for tensor in second_factors):
-        raise ModelError(str(folder), "changes nothing: every B is zero",
-                         "train for more steps or raise the learning rate")
+        adapters.save_adapter(net, folder, recipe.model.base, tensors, start)
 
 
 def _diverged(step: int, loss: float, grad_norm: float, origins: list[str]) -> None:
@@ -458,9 +459,9 @@ def _device_peak(accelerator) -> int | None:
 class _Log:
     """metrics.jsonl (what was computed) and timings.jsonl (what the clock said), written by the main process."""
 
-    def __init__(self, work: Path, writes: bool) -> None:
+    def __init__(self, work: Path, accelerator) -> None:
         self.paths = {"metrics": work / "metrics.jsonl", "timings": work / "timings.jsonl"}
-        self.writes = writes
+        self.writes, self.accelerator = accelerator.is_main_process, accelerator
 
     def truncate(self, offsets: dict[str, int]) -> None:
         """Cut each file to the length that the checkpoint sealed (0 without one) and go on from there."""
@@ -470,6 +471,9 @@ class _Log:
 
     def metrics(self, values: dict[str, Any]) -> None:
         self._write("metrics", values)
+        if self.accelerator.trackers:
+            numbers, step = trackers.told(values)
+            self.accelerator.log(numbers, step=step)
 
     def timings(self, values: dict[str, Any]) -> None:
         self._write("timings", values)

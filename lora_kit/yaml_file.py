@@ -173,7 +173,10 @@ def _explain_one(detail: Any, model: type[BaseModel], values: Any, places: Place
     key = ".".join(str(part) for part in in_file)
     kind = detail["type"]
     if kind == "extra_forbidden":
-        known = _known_keys(model, loc[:-1])
+        section, known = _section_at(model, loc[:-1]), _known_keys(model, loc[:-1])
+        said = getattr(section, "not_here", {}).get(loc[-1])
+        if said:
+            return RecipeError(places.of(in_file), f"'{key}' {said[0]}", said[1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         todo = f"did you mean '{near[0]}'?" if near else f"known keys here: {', '.join(known)}"
         return RecipeError(places.of(in_file), f"unknown key '{key}'", todo)
@@ -204,12 +207,17 @@ def _loc_in_file(loc: list, values: Any) -> list:
 
 
 def _known_keys(model: type[BaseModel], loc: Sequence) -> list[str]:
-    """Keys of the section at ``loc``, following lists and optional sections."""
+    """Keys of the section at ``loc``."""
+    return list(_section_at(model, loc).model_fields)
+
+
+def _section_at(model: type[BaseModel], loc: Sequence) -> type[BaseModel]:
+    """The section at ``loc``, following lists and optional sections."""
     for part in loc:
         if isinstance(part, int):
             continue
         model = _section_in(model.model_fields[part].annotation)
-    return list(model.model_fields)
+    return model
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

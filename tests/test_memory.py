@@ -68,6 +68,14 @@ def test_an_unknown_target_or_architecture_is_one_clear_error():
         memory.shape_of({"model_type": "llama"})
 
 
+@pytest.mark.parametrize("lora", [
+    {"layers": [0]}, {"exclude": ["q_proj"]}, {"rank_pattern": {"q_proj": 2}}, {"modules_to_save": ["norm"]},
+    {"trainable_tokens": [1]}, {"init": "eva"}, {"init": "mica"}])
+def test_an_adapter_of_many_shapes_is_not_guessed(lora):
+    with pytest.raises(ModelError, match="lora: its size does not follow from rank and targets alone"):
+        memory.num_lora_params(memory.shape_of({**SIZES, "model_type": "llama"}), LoraSection(**lora))
+
+
 def test_training_bytes_equal_what_torch_holds():
     import torch
     from peft import LoraConfig, get_peft_model

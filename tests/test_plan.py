@@ -71,7 +71,7 @@ def test_whole_epochs_see_what_the_ledger_counts(recipes):
 
 
 def test_parameters_are_those_of_the_model(recipes, tiny_model):
-    from lora_kit.model import add_adapter
+    from lora_kit.adapter import add_adapter
 
     plan, recipe, _ = plan_of(recipes, "lora.rank=4")
     net = load_base(tiny_model, dtype="fp32")

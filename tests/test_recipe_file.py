@@ -127,9 +127,31 @@ def test_a_key_without_effect_is_an_error(added, told):
     assert len(problems) == 1 and problems[0].startswith(told), problems
 
 
-@pytest.mark.parametrize("name", ["rank", "alpha", "dropout", "targets", "rslora", "dora"])
+@pytest.mark.parametrize(("line", "told"), [
+    ("layer_replication: [[0, 1]]", "'lora.layer_replication' is refused: peft 0.21 merges repeated layers wrongly"),
+    ("bias: all", "'lora.bias' is refused: peft cannot switch a trained bias of the base off again"),
+    ("lora_alpha: 8", "'lora.lora_alpha' is called 'alpha' here; write alpha"),
+    ("init: loftq", "'lora.init' is 'loftq'; refused: LoftQ needs a CUDA device"),
+    ("init: lora_ga", "'lora.init' is 'lora_ga'; refused: LoRA-GA needs the gradients of the whole base"),
+    ("init: pisa", "'lora.init' is 'pisa'; did you mean 'pissa'?"),
+    ("init: pissa_niter_x", "'lora.init' is 'pissa_niter_x'; did you mean 'pissa_niter_N'?"),
+    ("layers_pattern: h", "'lora.layers_pattern' has no effect: lora.layers names no layers"),
+])
+def test_peft_s_options_are_told_by_name(line, told):
+    problems = problems_of(LEAST + f"lora:\n  {line}\n")
+    assert len(problems) == 1 and problems[0].startswith(f"mine.yaml:7: {told}"), problems
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "corda", "mica", "orthogonal"])
+def test_a_rounded_base_is_not_split(init):
+    problems = problems_of(LEAST + f"lora:\n  init: {init}\n", "model.load_in=4bit")
+    assert len(problems) == 1 and f"'lora.init' is '{init}', which is made from or like the base's exact" in problems[0]
+
+
+@pytest.mark.parametrize("name", ["rank", "alpha", "dropout", "targets", "rslora", "dora", "init", "layers", "exclude"])
 def test_an_adapter_to_go_on_from_has_a_shape_of_its_own(name):
-    value = {"targets": "q_proj", "rslora": "true", "dora": "true", "dropout": "0.1"}.get(name, "4")
+    value = {"targets": "q_proj", "rslora": "true", "dora": "true", "dropout": "0.1", "init": "eva",
+             "layers": "[1]", "exclude": "v_proj"}.get(name, "4")
     problems = problems_of(LEAST + f"train: {{from_adapter: ./adapter}}\nlora:\n  {name}: {value}\n")
     assert problems == [f"mine.yaml:8: 'lora.{name}' has no effect: train.from_adapter brings its own; remove it"]
 

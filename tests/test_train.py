@@ -170,6 +170,43 @@ def test_quantized_base_trains_every_factor(tiny_model, rows, tmp_path, load_in)
     assert second_factors and all(tensor.any() for tensor in second_factors)
 
 
+def test_gradients_after_an_evaluation_equal_gradients_without_one(tiny_model):
+    """bitsandbytes repacks 4-bit weights in the first forward pass in eval mode on some CPUs (see bnb_mend.py)."""
+    import torch
+    from peft import prepare_model_for_kbit_training
+
+    from lora_kit.adapter import add_adapter
+    from lora_kit.model import load_base
+    from lora_kit.recipe import LoraSection
+
+    tokens = torch.arange(3, 60)[None]
+
+    def gradients(evaluated: bool) -> dict:
+        base = load_base(tiny_model, dtype="bf16", load_in="4bit")
+        assert any(getattr(getattr(p, "quant_state", None), "nested", False) for p in base.parameters()), "not doubled"
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        net = add_adapter(base, LoraSection(rank=4), 0)
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.sin(torch.arange(parameter.numel())).view_as(parameter) / 10)
+            if evaluated:
+                net.eval()(tokens)
+        net.train()(tokens, labels=tokens).loss.backward()
+        return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.requires_grad}
+
+    with_one, without = gradients(True), gradients(False)
+    assert len(without) == 28 and all(gradient.any() for gradient in without.values())
+    assert all(torch.equal(with_one[name], gradient) for name, gradient in without.items())
+
+
+def test_checkpointing_and_bf16_reach_about_the_same_losses(tiny_model, rows, tmp_path):
+    plain = metrics_of(train(recipe_for(tiny_model, rows), tmp_path))
+    again = metrics_of(train(recipe_for(tiny_model, rows, gradient_checkpointing="true"), tmp_path))
+    assert again == pytest.approx(plain, rel=1e-5)
+    assert metrics_of(train(recipe_for(tiny_model, rows, precision="bf16"), tmp_path)) == pytest.approx(plain, rel=2e-2)
+
+
 def _launch(num_processes: int, recipe: Path, runs: Path, *options: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--standalone",

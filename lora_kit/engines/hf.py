@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from lora_kit.adapter import load_adapter
 from lora_kit.bnb_mend import keep_4bit_weights_intact
 from lora_kit.chat import load_tokenizer, stop_token_ids
 from lora_kit.engines import Engine, checked_positions, configured_stop_ids
 from lora_kit.errors import ModelError
 from lora_kit.hardware import cpu_supports_bf16, memory_bytes
-from lora_kit.model import load_adapter, load_base, read_config, torch_dtype
+from lora_kit.model import load_base, read_config, torch_dtype
 from lora_kit.types import Artifact, Generation
 
 BATCH_ROWS = 16
