@@ -6,6 +6,7 @@ A test that writes to the cache sets LORA_KIT_CACHE to a folder of its own.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell ignores SIGINT for what it starts in the background, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from lora_kit import sources  # noqa: E402 - after the environment is set
 from lora_kit.errors import LoraKitError  # noqa: E402

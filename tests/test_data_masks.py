@@ -89,7 +89,7 @@ def test_turns_that_the_template_changes_are_examples_of_their_own(place):
     assert [example.origin for example in read_examples(found.folder, "train")] == [
         "rows.jsonl:1", "rows.jsonl:1", "rows.jsonl:2"]
     counts = counts_of(found)
-    assert (counts["rows_used"], counts["rows_dropped"]) == (2, 0)
+    assert (counts["rows_used"], counts["rows_split"], counts["rows_dropped"]) == (3, 1, 0)
     assert counts["tokens_in"] == sum(len(text) for text in texts) - 2 * 3 - sum(
         text.count(mark) * (len(mark) - 1) for text in texts for mark in ("<|im_start|>", "<|im_end|>"))
     assert reasons_of(found) == {("train", "made several examples, as the chat template changes earlier turns"): 1}
@@ -104,7 +104,8 @@ def test_one_of_several_examples_that_is_too_long_leaves_the_row_in_use(place):
     place.write("rows.jsonl", [talk("a", "One", "b", "x" * 300), talk("c", "y" * 300), talk("c", "Three")])
     found = prepare(place, "data.too_long=drop")
     counts = counts_of(found)
-    assert (counts["rows_used"], counts["rows_dropped"], len(read_examples(found.folder, "train"))) == (2, 1, 2)
+    assert (counts["rows_used"], counts["rows_dropped"], len(read_examples(found.folder, "train"))) == (2, 2, 2)
+    assert counts["rows_in"] + counts["rows_split"] == 4
     assert reasons_of(found)[("train", "over 200 tokens")] == 2
 
 
