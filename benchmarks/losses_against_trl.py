@@ -1,11 +1,11 @@
 """The losses of `lora-kit train` beside those of TRL's SFTTrainer, on the same token ids in the same order.
 
     python benchmarks/losses_against_trl.py             SmolLM2-135M in fp32, the golden conversations
-    python benchmarks/losses_against_trl.py --quick     two steps of a tiny random model
+    python benchmarks/losses_against_trl.py --quick     a tiny random model in its place
 
 TRL serves as an oracle that shares no code of ours above peft: its trainer, its collator, its loss. It gets our
 token ids and labels as they lie in the run's token files. ``--check`` exits 1 when a step's losses are over 1e-4
-apart (relative). Needs trl (`pip install "trl>=1.16,<2"`); ``--json PATH`` writes the figures.
+apart (relative). Needs trl (`make install-dev` brings it); ``--json PATH`` writes the figures.
 """
 
 from __future__ import annotations

@@ -17,3 +17,13 @@ def test_data_memory(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["gigabytes"] == 0.02 and figures["num_rows"] == figures["rows_used"] + 64
     assert 50e6 < figures["anonymous_bytes"] < 1e9 and "RssAnon" in done.stdout
+
+
+def test_losses_against_trl(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/losses_against_trl.py", "--quick", "--check", "--json", tmp_path / "figures.json"],
+        cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["lora_kit"]) == len(figures["trl"]) == 6 and figures["largest_difference"] < 1e-4
+    assert figures["lora_kit"][0] > figures["lora_kit"][-1]
