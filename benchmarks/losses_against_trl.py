@@ -27,7 +27,7 @@ def losses_of_trl(base: Path, data_dir: Path, settings: dict) -> list[float]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from lora_kit import chat, model, tokens
+    from lora_kit import adapter, chat, model, tokens
     from lora_kit.recipe import LoraSection
 
     examples = tokens.read_examples(data_dir, "train")
@@ -36,8 +36,8 @@ def losses_of_trl(base: Path, data_dir: Path, settings: dict) -> list[float]:
     labels = [[int(token) if trained and index else tokens.IGNORED for index, (token, trained) in enumerate(
         zip(row.tokens_T, row.loss_mask_T, strict=True))] for row in rows]
     dataset = Dataset.from_dict({"input_ids": [row.tokens_T.tolist() for row in rows], "labels": labels})
-    net = model.add_adapter(model.load_base(base, dtype="fp32", device="cpu"),
-                            LoraSection(rank=settings["rank"], alpha=settings["alpha"]), settings["seed"])
+    net = adapter.add_adapter(model.load_base(base, dtype="fp32", device="cpu"),
+                              LoraSection(rank=settings["rank"], alpha=settings["alpha"]), settings["seed"])
     seen: list[float] = []
 
     class InOrder(SFTTrainer):
