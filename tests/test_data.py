@@ -532,5 +532,5 @@ def test_the_default_recipe_s_data(smollm2_base, archive_member, tmp_path, monke
     found = prepared.find(recipe_file.recipe, tmp_path, base)
     data.prepare(recipe_file.recipe, found, base)
     check(found.folder)
-    assert (counts_of(found)["rows_used"], counts_of(found, "held_out")["rows_used"]) == (240, 48)
+    assert (counts_of(found)["rows_used"], counts_of(found, "held_out")["rows_used"]) == (192, 48)
     assert reasons_of(found)["train", "single speaker"] == 3_150
