@@ -21,8 +21,7 @@ from lora_kit.types import Example
 FLOOR_FACTOR = 10.0
 """Packed may differ from separate this many times as much as padded does."""
 SMALLEST_BOUND = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
-"""Relative difference that is allowed where the floor is below it, by arithmetic. A leak between rows of
-SmolLM2-135M changes the gradients by more than half."""
+"""Relative difference that is allowed where the floor is below it, by arithmetic."""
 MAX_COST = 0.02
 """Share of the run's tokens that ``train.prove: auto`` may spend on the proof."""
 _PASSES = 3

@@ -9,21 +9,22 @@ import sys
 from tests import tiny_run
 
 
-def test_data_memory(tmp_path):
+def quick(program: str, tmp_path) -> tuple[dict, str]:
+    """The figures that ``benchmarks/PROGRAM --quick --check`` writes, and what it prints."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/data_memory.py", "--quick", "--check", "--json", tmp_path / "figures.json"],
+        [sys.executable, f"benchmarks/{program}", "--quick", "--check", "--json", tmp_path / "figures.json"],
         cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    return json.loads((tmp_path / "figures.json").read_text()), done.stdout
+
+
+def test_data_memory(tmp_path):
+    figures, printed = quick("data_memory.py", tmp_path)
     assert figures["gigabytes"] == 0.02 and figures["num_rows"] == figures["rows_used"] + 64
-    assert 50e6 < figures["anonymous_bytes"] < 1e9 and "RssAnon" in done.stdout
+    assert 50e6 < figures["anonymous_bytes"] < 1e9 and "RssAnon" in printed
 
 
 def test_losses_against_trl(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "benchmarks/losses_against_trl.py", "--quick", "--check", "--json", tmp_path / "figures.json"],
-        cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures, _ = quick("losses_against_trl.py", tmp_path)
     assert len(figures["lora_kit"]) == len(figures["trl"]) == 6 and figures["largest_difference"] < 1e-4
     assert figures["lora_kit"][0] > figures["lora_kit"][-1]
