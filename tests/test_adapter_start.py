@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 
-from lora_kit import adapter_start, events, isolate, pipeline, rundir
+from lora_kit import adapter_start, isolate, pipeline, rundir
 from lora_kit.adapter import add_adapter
 from lora_kit.adapter_start import adapter_from_start, write_start
-from lora_kit.errors import RecipeError, StoppedError
+from lora_kit.errors import RecipeError
 from lora_kit.model import load_base
 from lora_kit.recipe import LoraSection
 from lora_kit.tokens import read_examples
@@ -72,12 +69,8 @@ def test_a_stopped_run_goes_on_exactly(init, model, tmp_path, monkeypatch):
     def train(**options):
         return pipeline.run_recipe(recipe_file, runs_dir=tmp_path / "runs", until="train", **options)
 
-    def interrupt_at_3(event):
-        if isinstance(event, events.Progress) and event.done == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
     straight = train()
-    with events.listening(interrupt_at_3), pytest.raises(StoppedError):
+    with tiny_run.interrupted_at(3):
         train(fresh=True)
     assert rundir.newest(tmp_path / "runs") != straight.path
     monkeypatch.setattr(adapter_start, "write_start", lambda *_, **__: pytest.fail("computed again"))

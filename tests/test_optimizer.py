@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 
 from lora_kit import events, pipeline
-from lora_kit.errors import StoppedError
 from lora_kit.optimizer import make_optimizer, set_learning_rate
 from lora_kit.recipe import TrainSection
+from tests import tiny_run
 from tests.test_train import metrics_of, recipe_for, write_rows
 
 
@@ -69,12 +66,8 @@ def test_a_stopped_run_goes_on_exactly(settings, tiny_model, tmp_path, monkeypat
     def train(**options):
         return pipeline.run_recipe(recipe_file, runs_dir=tmp_path / "runs", until="train", **options)
 
-    def interrupt_at_3(event):
-        if isinstance(event, events.Progress) and event.done == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
     straight = train()
-    with events.listening(interrupt_at_3), pytest.raises(StoppedError):
+    with tiny_run.interrupted_at(3):
         train(fresh=True)
     again = train()
     assert again.path != straight.path and metrics_of(again) == metrics_of(straight)

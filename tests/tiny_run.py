@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_kit import isolate, pipeline, rundir
+from lora_kit import events, isolate, pipeline, rundir
+from lora_kit.errors import StoppedError
 from lora_kit.recipe_file import RecipeFile, read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +68,17 @@ def call_here(function: str, arguments: dict[str, Any], *, threads: int | None =
     module, _, name = function.partition(":")
     value = getattr(importlib.import_module(module), name)(**json.loads(json.dumps(arguments)))
     return isolate.Isolated(value=json.loads(json.dumps(value)), seconds=0.1, peak_memory_bytes=1_000_000)
+
+
+@contextmanager
+def interrupted_at(step: int) -> Iterator[pytest.ExceptionInfo]:
+    """SIGINT comes after ``step`` of the training in this block, which ends with the StoppedError that is yielded."""
+    def interrupt(event):
+        if isinstance(event, events.Progress) and event.done == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with events.listening(interrupt), pytest.raises(StoppedError) as stopped:
+        yield stopped
 
 
 def environment(**changes: str) -> dict[str, str]:
