@@ -244,6 +244,9 @@ class LoraSection(Section):
 
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+FastPart = Literal["auto", "linear", "mlp", "norm", "attention", "loss"]
+FAST_PARTS = get_args(FastPart)[1:]
+"""Parts of the fast path, in the order in which a model is prepared."""
 
 
 class TrainSection(Section):
@@ -263,8 +266,15 @@ class TrainSection(Section):
     pack_tokens: Annotated[int, Field(ge=8), _NumberOnly] | None = None
     """Tokens of one packed forward pass. Default: `micro_batch_size` rows of `data.max_tokens`."""
     prove: Literal["auto", True, False] = "auto"
-    """Before the first step, compare loss and gradients of two packed rows with those of the same rows one by one,
-    on this model; packing is switched off when they differ. auto: when that costs under 2 % of the run."""
+    """Before the first step, compare loss and gradients of two rows, packed and through the fast path, with those of
+    the same rows one by one through plain peft, on this model; packing or the fast path is switched off when they
+    differ. auto: when that costs under 2 % of the run."""
+    fast: Annotated[
+        list[FastPart], BeforeValidator(_as_list), _one_or_many({"enum": list(get_args(FastPart)), "type": "string"})
+    ] = ["auto"]
+    """Parts of the fast path to use: linear (a layer and its LoRA as one node), mlp, norm, attention (of packed rows,
+    on a CPU), loss (in slices). auto: all of them; []: none, plain peft. Modules that a part does not fit stay as they
+    are, which is said."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     lora_plus_ratio: Annotated[float, Field(ge=1), _NumberOnly] = 1.0

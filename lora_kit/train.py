@@ -4,7 +4,8 @@ accelerate gives device, precision and processes; peft the adapter; the order of
 examples is a function of (seed, epoch) and their position a global count, so that a run
 goes on where it stopped. The loss of a step is summed over every micro-batch and process
 and divided by the trained tokens of the whole batch: splitting it changes nothing. Rows are
-packed end to end where the model keeps them apart (``packing.py``), which is proven on it.
+packed end to end where the model keeps them apart, and parts of it are replaced by faster ones of the
+same results: ``preparation.py`` does both and proves them on the model.
 
 `examples/minimal_loop.py` is this loop without checkpoints, processes and the run folder.
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit import adapter as adapters
-from lora_kit import adapter_start, chat, checkpoint, isolate, model, packing, proof, rows, stop_rate, tokens, trackers
+from lora_kit import adapter_start, chat, checkpoint, isolate, model, packing, preparation, rows, tokens, trackers
 from lora_kit.errors import DivergedError, RecipeError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
 from lora_kit.ledger import padded_tokens
@@ -36,6 +37,7 @@ from lora_kit.recipe import Recipe, TrainSection
 from lora_kit.rundir import Run, writing
 from lora_kit.schedule import count_steps, learning_rate_at, save_interval
 from lora_kit.sources import file_sha256
+from lora_kit.stop_rate import measure_stop_rate, prompts_of
 from lora_kit.types import Artifact, Batch, Result
 from lora_kit.units import number_text, seconds_text
 
@@ -78,8 +80,8 @@ def stage(recipe: Recipe, run: Run) -> Result:
     tracking = trackers.start(accelerator, recipe, run.path.name, work)
     stop = _StopSignals()
     save_every = save_interval(settings, num_steps)
-    packed = _pack(recipe, net, train_rows, num_steps, accelerator)
-    shares = _Shares(settings, packed["budget"], accelerator)
+    prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator, _precision(settings, accelerator))
+    shares = _Shares(settings, prepared["packing"]["budget"], accelerator)
 
     def held_out_loss() -> float | None:
         return evaluate_loss(wrapped, held_out_rows, shares, accelerator)
@@ -186,7 +188,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
             state["tokens_total"] / state["train_seconds"], "trained_tokens": state["trained_tokens"],
             "tokens_total": state["tokens_total"], "num_trainable_params": num_trainable, "num_params": num_params,
             "precision": _precision(settings, accelerator), "device": str(accelerator.device),
-            "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(), "packing": packed,
+            "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(), **prepared,
             "tokens_padded": state["tokens_padded"], "stops": stops,
         },
     )
@@ -240,38 +242,6 @@ def evaluate_loss(net, examples: tokens.ExampleFile, shares: _Shares, accelerato
     return float(totals[0] / totals[1])
 
 
-def _pack(recipe: Recipe, net, examples: tokens.ExampleFile, num_steps: int, accelerator) -> dict[str, Any]:
-    """Whether and how rows are packed: ``budget`` (None: padded), ``why_not`` and ``proof``; tells what it decides."""
-    settings, plain = recipe.train, net.get_base_model()
-    found: dict[str, Any] = {"budget": None, "why_not": None, "proof": None}
-    if not settings.packing:
-        return found
-    found["why_not"] = packing.why_not_packed(plain)
-    if found["why_not"] is None:
-        packing.use_packing(plain)
-        lengths = [examples.length(row) for row in range(len(examples))]
-        chosen = proof.rows_to_prove(lengths, [examples.num_trained(row) for row in range(len(examples))])
-        in_run = num_steps * settings.batch_size * sum(lengths) / len(lengths)
-        cheap = proof.is_cheap(sum(lengths[row] for row in chosen), in_run)
-        if len(chosen) == 2 and (settings.prove is True or settings.prove == "auto" and cheap):
-            found["proof"] = proof.prove_packing(net, [examples[row] for row in chosen], accelerator,
-                                                 _precision(settings, accelerator))
-            found["proof"]["rows"] = [examples.origins[row] for row in chosen]
-            differ = max(found["proof"][key] for key in ("loss_difference", "gradient_difference"))
-            if found["proof"]["holds"]:
-                tell(Note(text="packed rows give the loss and gradients of separate ones: "
-                               f"{number_text(differ, 2)} apart, bound {number_text(found['proof']['bound'], 2)}"))
-            else:
-                packing.stop_packing(plain)
-                found["why_not"] = (f"loss or gradients of two packed rows differ by {number_text(differ, 2)} from "
-                                    f"those of separate rows (bound {number_text(found['proof']['bound'], 2)})")
-    if found["why_not"]:
-        tell(Caution(text=f"rows are padded, not packed: {found['why_not']}"))
-    else:
-        found["budget"] = settings.pack_tokens or settings.micro_batch_size * recipe.data.max_tokens
-    return found
-
-
 def _stop_rate(recipe: Recipe, run: Run, net, accelerator) -> dict[str, Any] | None:
     """What the main process measures of the model as it is now; None where nothing was."""
     settings = recipe.train
@@ -280,13 +250,13 @@ def _stop_rate(recipe: Recipe, run: Run, net, accelerator) -> dict[str, Any] | N
     if settings.shard == "fsdp" and accelerator.num_processes > 1:
         tell(Caution(text="the stop rate is not measured: the weights are sharded"))
         return None
-    packing.stop_packing(net.get_base_model())
+    preparation.plain(net)
     tokenizer = chat.load_tokenizer(run.resolved["base"]["artifact"]["tokenizer"])
     most = getattr(net.config.get_text_config(), "max_position_embeddings", None) or recipe.data.max_tokens
-    prompts = stop_rate.prompts_of(tokenizer, rows.read_held_out(run.stage_dir("data")), settings.stop_prompts,
+    prompts = prompts_of(tokenizer, rows.read_held_out(run.stage_dir("data")), settings.stop_prompts,
                                    most - settings.stop_within, recipe.data.tools)
     with accelerator.autocast():
-        found = stop_rate.measure_stop_rate(net, tokenizer, prompts, settings.stop_within)
+        found = measure_stop_rate(net, tokenizer, prompts, settings.stop_within)
     if found:
         tell(Note(text=f"{found['num_stopped']} of {found['num_prompts']} answers to held-out prompts stop by "
                        f"themselves within {settings.stop_within} tokens"))

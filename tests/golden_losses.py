@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lora_kit import pipeline
 from lora_kit.recipe_file import read_recipe
@@ -25,7 +26,7 @@ SETTINGS = {"steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate":
 """Six steps of four: the second epoch begins inside."""
 
 
-def measure(base: Path, folder: Path, **train: str) -> list[float]:
+def measure(base: Path, folder: Path, **train: Any) -> list[float]:
     """Loss of each step by ``lora-kit train`` on the model folder ``base``, in nats per trained token."""
     lines = {"steps": SETTINGS["steps"], "batch_size": SETTINGS["batch_size"], "precision": "fp32",
              "micro_batch_size": SETTINGS["micro_batch_size"], "learning_rate": SETTINGS["learning_rate"],

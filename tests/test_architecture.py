@@ -25,7 +25,7 @@ LEVELS = {
        "metrics records rows spool prepared selection ledger overlap schedule tool_calls model_files suite items gates "
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
        "report_proofs",
-    2: "chat turns tokens shorten packing loss proof model checkpoint bnb_mend "
+    2: "chat turns tokens shorten packing loss proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check optimizer trackers",
     3: "engines quantizers certificate scoring stop_rate",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view",

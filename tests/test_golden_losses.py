@@ -11,9 +11,9 @@ TOLERANCE = 1e-4
 """Relative. Another order of sums changes them by less than 1e-5."""
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
-def test_losses_are_the_golden_ones(smollm2_base, tmp_path, packing):
-    losses = golden_losses.measure(smollm2_base, tmp_path, packing=packing == "true")
+@pytest.mark.parametrize(("packing", "fast"), [(True, "auto"), (True, []), (False, "auto"), (False, [])])
+def test_losses_are_the_golden_ones(smollm2_base, tmp_path, packing, fast):
+    losses = golden_losses.measure(smollm2_base, tmp_path, packing=packing, fast=fast)
     assert losses == pytest.approx(golden_losses.read(), rel=TOLERANCE)
 
 

@@ -203,4 +203,4 @@ def test_what_sdpa_cannot_do_is_refused_rather_than_left_out():
 
 def test_auto_proves_when_it_is_cheap():
     assert proof.rows_to_prove([9, 3, 5, 4], [1, 1, 0, 2]) == [1, 3]
-    assert proof.is_cheap(7, 3 * 7 * 50) and not proof.is_cheap(7, 3 * 7 * 49)
+    assert proof.is_cheap(7, 4 * 7 * 50) and not proof.is_cheap(7, 4 * 7 * 49)

@@ -1,0 +1,116 @@
+"""The fast path: parts of a model that are replaced by ones which train it in less time and memory.
+
+A model is prepared by giving some of its modules another class (:func:`use_fast`); loop, adapter and
+state stay what they are, and :func:`stop_fast` takes it back. Each part has a name that
+``train.fast`` lists, serves the modules that it fits, leaves the others as they are and says why:
+
+* ``linear``: a linear layer and its LoRA as one node of autograd;
+* ``mlp``: a gated MLP as one node;
+* ``norm``: RMSNorm as one node;
+* ``attention``: attention of packed rows on a CPU as one node, its backward pass as matrix products;
+* ``loss``: head and cross-entropy in slices.
+
+Modules are recognised by what they do and not by the model's name: an activation or a norm is compared
+with the formula, on numbers, before it is replaced. Reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lora_kit.fast import attention, head, linear, mlp, norm
+from lora_kit.packing import PER_DOCUMENT
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one part: how many modules it serves, and how many were left, by reason."""
+
+    num_modules: int = 0
+    left: dict[str, int] = field(default_factory=dict)
+
+
+def use_fast(net, parts: Sequence[str]) -> dict[str, Part]:
+    """Prepare ``net`` (peft's model around one of transformers, not wrapped) with ``parts``; what each did.
+
+    ``attention`` wants packing to be in use already (:func:`lora_kit.packing.use_packing`).
+    """
+    prepare = {"linear": _linear, "mlp": _mlp, "norm": _norm, "attention": _attention, "loss": _loss}
+    plain = net.get_base_model()
+    return {name: prepare[name](plain) for name in parts}
+
+
+def stop_fast(net) -> None:
+    """Undo :func:`use_fast`; nothing happens to a model that is not prepared."""
+    plain = net.get_base_model()
+    for module in plain.modules():
+        original = getattr(type(module), "original_class", None)
+        if original is not None:
+            if isinstance(module, linear.LoraLinear):
+                linear.part(module)
+            module.__class__ = original
+    for module in plain.modules():
+        if hasattr(module, "base_layer"):
+            linear.part(module)
+    if plain.config.get_text_config()._attn_implementation == attention.NAME:
+        plain.set_attn_implementation(PER_DOCUMENT)
+
+
+def _replace(module, mixin: type) -> None:
+    original = type(module)
+    module.__class__ = type(original.__name__, (mixin, original), {
+        "original_class": original, "__module__": original.__module__, "__doc__": mixin.__doc__})
+
+
+def _served(modules, mixin: type, why_not) -> Part:
+    served, left = 0, Counter()
+    for module in modules:
+        reason = why_not(module)
+        if reason is None:
+            _replace(module, mixin)
+            served += 1
+        else:
+            left[reason] += 1
+    return Part(served, dict(left))
+
+
+def _linear(plain) -> Part:
+    from peft.tuners.lora.layer import LoraLayer
+
+    modules = [module for module in plain.modules() if isinstance(module, LoraLayer)]
+    return _served(modules, linear.LoraLinear, linear.why_not)
+
+
+def _mlp(plain) -> Part:
+    return _served([module for module in plain.modules() if mlp.is_candidate(module)], mlp.GatedMLP, mlp.prepare)
+
+
+def _norm(plain) -> Part:
+    return _served([module for module in plain.modules() if norm.is_candidate(module)], norm.RMSNorm, norm.prepare)
+
+
+def _attention(plain) -> Part:
+    config = plain.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", 1)
+    if config._attn_implementation != PER_DOCUMENT:
+        return Part(0, {"rows are not packed for sdpa": layers})
+    if next(plain.parameters()).device.type != "cpu":
+        return Part(0, {"the device has kernels of its own": layers})
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(attention.NAME, attention.attend)
+    plain.set_attn_implementation(attention.NAME)
+    return Part(layers)
+
+
+def _loss(plain) -> Part:
+    reason = head.why_not(plain)
+    if reason:
+        return Part(0, {reason: 1})
+    _replace(plain.get_output_embeddings(), head.LossHead)
+    return Part(1)
+
+
+

@@ -1,0 +1,131 @@
+"""Part ``mlp``: a gated MLP, ``down(act(gate(x)) · up(x))``, with its LoRAs as one node of autograd.
+
+Keeps x and the outputs of gate and up; plain autograd keeps the activation and the product as
+well. Both are made again in the backward pass, elementwise, which is cheaper than holding them.
+
+Shape suffixes: N tokens, C width, F width of the MLP. Reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lora_kit.fast import linear
+
+_NAMES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+
+
+class GatedMLP:
+    """Mixed into the class of a gated MLP of transformers."""
+
+    def forward(self, x, *args, **kwargs):
+        layers = [getattr(self, name) for name in self._layers]
+        if args or kwargs or not all(linear.in_plain_use(layer) for layer in layers if hasattr(layer, "base_layer")):
+            return super().forward(x, *args, **kwargs)
+        return _run(x, layers, self._activation)
+
+
+def _run(x, layers, activation: str):
+    weights = [linear.weights_of(layer) for layer in layers]
+    parameters = [parameter for layer in layers for parameter in
+                  (linear.adapter_parameters(layer) if hasattr(layer, "base_layer") else (None, None))]
+    y_NC = _Node.apply(x.reshape(-1, x.shape[-1]).to(weights[0].weight_OC.dtype), activation, weights, *parameters)
+    return y_NC.view(*x.shape[:-1], y_NC.shape[-1])
+
+
+class _Node(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x_NC, activation, weights, *parameters):
+        with torch.autocast(x_NC.device.type, enabled=False):
+            *inner, down = weights
+            outs = [linear.forward(x_NC, w) for w in inner]
+            gate_NF, up_NF = _halves([out for out, _ in outs])
+            y_NC, h_NR = linear.forward(_forward(activation, gate_NF).mul_(up_NF), down)
+        ctx.activation, ctx.weights = activation, weights
+        ctx.save_for_backward(x_NC, h_NR, *(tensor for pair in outs for tensor in pair))
+        return y_NC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_NC):
+        x_NC, h_NR, *kept = ctx.saved_tensors
+        *inner, down = ctx.weights
+        outs, hidden = kept[::2], kept[1::2]
+        gate_NF, up_NF = _halves(outs)
+        active_NF = _forward(ctx.activation, gate_NF)
+        dm_NF, *down_grads = linear.backward(dy_NC, active_NF * up_NF, h_NR, down, True)
+        dgate_NF = _backward(ctx.activation, dm_NF * up_NF, gate_NF)
+        dup_NF = dm_NF.mul_(active_NF)
+        douts = [dgate_NF, dup_NF] if len(inner) == 2 else [torch.cat([dgate_NF, dup_NF], 1)]
+        dx_NC, grads = None, []
+        for dout, h, w in zip(douts, hidden, inner, strict=True):
+            dx_NC, *pair = linear.backward(dout, x_NC, h, w, ctx.needs_input_grad[0], dx_NC)
+            grads += pair
+        return dx_NC, None, None, *grads, *down_grads
+
+
+def _halves(outs):
+    return outs if len(outs) == 2 else outs[0].chunk(2, dim=1)
+
+
+def _forward(activation: str, x):
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    return torch.nn.functional.gelu(x, approximate=activation)
+
+
+def _backward(activation: str, dy, x):
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dy, x)
+    return torch.ops.aten.gelu_backward(dy, x, approximate=activation)
+
+
+def is_candidate(module) -> bool:
+    """Whether ``module`` looks like a gated MLP."""
+    return any(all(hasattr(module, name) for name in names) for names in _NAMES)
+
+
+def prepare(module) -> str | None:
+    """Note on ``module`` what :class:`GatedMLP` needs; the reason where it does not serve."""
+    names = next(names for names in _NAMES if all(hasattr(module, name) for name in names))
+    for name in names:
+        layer = getattr(module, name)
+        reason = linear.why_not(layer) if hasattr(layer, "base_layer") else _why_not_plain(layer)
+        if reason:
+            return f"{name}: {reason}"
+    function = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+    activation = _activation_of(function)
+    if activation is None:
+        return f"activation {type(function).__name__}"
+    module._layers, module._activation = names, activation
+    weight = getattr(module, names[0]).weight
+    with torch.no_grad():
+        x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(1, 2, -1)
+        tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
+        wanted, ours = module(x), _run(x, [getattr(module, name) for name in names], activation)
+        if wanted.shape != ours.shape or (ours - wanted).abs().max() > tolerance * wanted.abs().max():
+            return f"{type(module).__name__} has another formula"
+    return None
+
+
+def _why_not_plain(layer) -> str | None:
+    if type(layer) is not torch.nn.Linear:
+        return f"a {type(layer).__name__} is not a plain linear layer"
+    if any(parameter.requires_grad for parameter in layer.parameters()):
+        return "a layer that is trained as a whole"
+    if any(hasattr(parameter, "to_local") for parameter in layer.parameters()):
+        return "weights that are sharded"
+    return "hooks" if linear.has_hooks(layer) else None
+
+
+def _activation_of(function) -> str | None:
+    """``silu`` or the ``approximate`` of gelu that gives what ``function`` gives; None when none does."""
+    if not callable(function):
+        return None
+    x = torch.linspace(-6, 6, 101)
+    with torch.no_grad():
+        wanted = function(x)
+        return next((name for name in ("silu", "none", "tanh")
+                     if torch.allclose(_forward(name, x), wanted, rtol=1e-5, atol=1e-6)), None)

@@ -1,0 +1,314 @@
+"""The fast path: each part gives the loss and gradients of plain peft, serves what it fits, and is taken back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lora_kit import fast, packing, preparation, proof
+from lora_kit.packing import packed_batch_of
+from lora_kit.recipe import FAST_PARTS
+from lora_kit.tokens import batch_of
+from tests.test_packing import FAMILIES, OneProcess, random_model, rows
+
+SERVED = {  # modules of two layers that each part serves; the rest is left, for a reason
+    "llama": {"linear": 14, "mlp": 2, "norm": 5, "loss": 1},
+    "qwen2": {"linear": 14, "mlp": 2, "norm": 5, "loss": 1},
+    "qwen3": {"linear": 14, "mlp": 2, "norm": 9, "loss": 1},
+    "mistral": {"linear": 14, "mlp": 2, "norm": 5, "loss": 1},
+    "gemma": {"linear": 14, "mlp": 2, "norm": 5, "loss": 1},
+    "gemma2": {"linear": 14, "mlp": 2, "norm": 9, "loss": 0},  # its logits are capped after the head
+    "gemma3_text": {"linear": 14, "mlp": 2, "norm": 13, "loss": 1},
+    "phi": {"linear": 12, "mlp": 0, "norm": 0, "loss": 1},
+    "phi3": {"linear": 8, "mlp": 2, "norm": 5, "loss": 1},
+    "gpt_neox": {"linear": 8, "mlp": 0, "norm": 0, "loss": 1},
+}
+
+
+def loss_and_gradients(net, batches):
+    """Summed loss and every gradient in one row."""
+    import torch
+
+    from lora_kit.loss import loss_sum
+
+    total = 0.0
+    for batch in batches:
+        loss = loss_sum(net, batch)
+        loss.backward()
+        total += float(loss.detach())
+    gradients = torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.requires_grad])
+    for parameter in net.parameters():
+        parameter.grad = None
+    return total, gradients
+
+
+def apart(one, other) -> tuple[float, float]:
+    return abs(one[0] - other[0]) / abs(one[0]), float((one[1] - other[1]).norm() / one[1].norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_part_gives_the_gradients_of_plain_peft(family):
+    net = random_model(family, "eager" if family == "gemma2" else "sdpa")  # transformers has no other for Gemma 2
+    packing.use_packing(net.get_base_model())
+    packed, padded = [packed_batch_of(rows(), "cpu")], [batch_of(rows(), 0, "cpu")]
+    plain = loss_and_gradients(net, packed)
+    for parts in (*((part,) for part in FAST_PARTS), FAST_PARTS):
+        used = fast.use_fast(net, parts)
+        for part in parts:
+            assert used[part].num_modules == SERVED[family].get(part, used[part].num_modules), (part, used[part].left)
+        for batches in (packed, padded) if "attention" not in parts else (packed,):
+            loss, gradients = apart(plain, loss_and_gradients(net, batches))
+            assert loss < 1e-5 and gradients < 1e-4, parts
+        fast.stop_fast(net)
+    again = loss_and_gradients(net, packed)
+    assert again[0] == plain[0] and bool((again[1] == plain[1]).all())
+
+
+@pytest.mark.parametrize("lengths", [(40,), (17, 5, 1), (16, 16), (33, 2)])
+def test_attention_in_blocks_of_queries_has_the_right_gradients(monkeypatch, lengths):
+    import torch
+
+    from lora_kit.fast import attention
+
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, sum(lengths), 8, generator=generator, requires_grad=True)
+                         for heads in (6, 2, 2))
+    wanted, _ = packing.attend_per_document(None, query, key, value, None, scaling=0.3, document_lengths=lengths)
+    weight = torch.randn(wanted.shape, generator=generator)
+    right = torch.autograd.grad((wanted * weight).sum(), (query, key, value))
+    ours, _ = attention.attend(None, query, key, value, None, scaling=0.3, document_lengths=lengths)
+    assert ours.grad_fn.name().startswith("_Node") and torch.allclose(ours, wanted, atol=1e-6)
+    for mine, its in zip(torch.autograd.grad((ours * weight).sum(), (query, key, value)), right, strict=True):
+        assert torch.allclose(mine, its, atol=2e-6)
+
+
+def test_small_updates_survive_in_bf16():
+    """What rounding keeps of a LoRA's first steps: nearly all here, next to nothing in peft's own order."""
+    import torch
+
+    from lora_kit.fast import linear
+
+    net = random_model("llama").to(torch.bfloat16)
+    module = next(module for module in net.modules() if hasattr(module, "lora_A"))
+    for parameter in linear.adapter_parameters(module):
+        parameter.data = parameter.data.float()
+    with torch.no_grad():
+        module.lora_B["default"].weight.copy_(torch.randn_like(module.lora_B["default"].weight) * 2e-4)
+        x = torch.randn(64, module.base_layer.weight.shape[1], dtype=torch.bfloat16)
+        weight = module.base_layer.weight.float()
+        a, b = (parameter.detach() for parameter in linear.adapter_parameters(module))
+        delta = (x.float() @ a.t()) @ b.t() * module.scaling["default"]
+        base = x.float() @ weight.t()
+
+        def kept(y) -> float:
+            """Share of the delta that is found again in y, by projection."""
+            return float(((y.float() - base) * delta).sum() / delta.square().sum())
+
+        fast.use_fast(net, ["linear"])
+        w = linear.weights_of(module)
+        exact = torch.cat([x, (x @ w.a_RC.t())], 1).float() @ w.joined[:weight.shape[0]].float().t()
+        assert kept(exact) == pytest.approx(1, abs=0.02)
+        # In the mean over many roundings, one rounding of the sum keeps it; two roundings lose most of it.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = module(x)
+            fast.stop_fast(net)
+            theirs = module(x)
+    assert torch.equal(ours, exact.to(torch.bfloat16)) or float((ours.float() - exact).abs().max()) < 2e-2
+    assert float((ours.float() - base - delta).norm()) <= float((theirs.float() - base - delta).norm())
+
+
+def test_bf16_losses_are_those_of_plain_bf16_and_weights_come_back_as_they_were():
+    import torch
+
+    net = random_model("llama").to(torch.bfloat16)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    packing.use_packing(net.get_base_model())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    batches = [packed_batch_of(rows(), "cpu")]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = loss_and_gradients(net, batches)
+        fast.use_fast(net, FAST_PARTS)
+        ours = loss_and_gradients(net, batches)
+        with torch.no_grad():  # a step: what was joined has to follow the parameters
+            for parameter in net.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05
+        moved = loss_and_gradients(net, batches)
+        fast.stop_fast(net)
+        moved_plain = loss_and_gradients(net, batches)
+    assert apart(plain, ours)[0] < 1e-2 and apart(plain, ours)[1] < 5e-2
+    assert apart(moved_plain, moved)[0] < 1e-2 and abs(moved[0] - ours[0]) > 1e-3 * ours[0]
+    after = net.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) or "lora_" in name
+        assert after[name].is_contiguous()
+
+
+def test_an_adapter_that_is_switched_off_or_merged_is_served_by_peft():
+    import torch
+
+    net = random_model("llama").eval()
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        fast.use_fast(net, FAST_PARTS)
+        adapted = net(input_ids=tokens).logits
+        with net.disable_adapter():
+            off = net(input_ids=tokens).logits
+        net.merge_adapter()
+        merged = net(input_ids=tokens).logits
+        net.unmerge_adapter()
+        fast.stop_fast(net)
+        assert torch.allclose(adapted, net(input_ids=tokens).logits, atol=1e-5)
+        with net.disable_adapter():
+            assert torch.allclose(off, net(input_ids=tokens).logits, atol=1e-5)
+    assert torch.allclose(merged, adapted, atol=1e-4) and not torch.allclose(off, adapted, atol=1e-3)
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"lora_dropout": 0.1}, "dropout"),
+    ({"use_dora": True}, "variant"),
+])
+def test_what_a_part_does_not_fit_is_left_with_its_reason(options, reason):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                  num_attention_heads=2)
+    net = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options))
+    used = fast.use_fast(net, FAST_PARTS)
+    assert used["linear"].num_modules == 0 and sum(used["linear"].left.values()) == 7
+    assert all(reason in text for text in (*used["linear"].left, *used["mlp"].left))
+    assert used["norm"].num_modules == 3
+
+
+def test_hooks_second_adapters_and_quantized_bases_are_left():
+    import torch
+    from peft import LoraConfig
+
+    net = random_model("llama")
+    linears = [module for module in net.modules() if hasattr(module, "lora_A")]
+    linears[0].base_layer.register_forward_hook(lambda *_: None)
+    linears[1].base_layer.__class__ = type("Linear4bit", (torch.nn.Linear,), {})
+    used = fast.use_fast(net, ["linear"])["linear"]
+    assert used.num_modules == 12 and used.left == {"hooks": 1, "its base is a Linear4bit": 1}
+    fast.stop_fast(net)
+    net.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert fast.use_fast(net, ["linear"])["linear"].left["several adapters are on it"] == 2
+
+
+def test_an_mlp_or_norm_of_another_formula_is_left():
+    import torch
+    from transformers.models.llama import modeling_llama
+
+    net = random_model("llama")
+    first = net.get_base_model().model.layers[0]
+
+    class OtherMLP(modeling_llama.LlamaMLP):
+        def forward(self, x):
+            return super().forward(x) * 0.5
+
+    class OtherRMSNorm(modeling_llama.LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x).clamp(-1, 1)
+
+    first.mlp.__class__, first.input_layernorm.__class__ = OtherMLP, OtherRMSNorm
+    first.mlp.act_fn, net.get_base_model().model.layers[1].mlp.act_fn = torch.nn.SiLU(), torch.nn.Tanh()
+    used = fast.use_fast(net, ["mlp", "norm"])
+    assert used["mlp"].left == {"OtherMLP has another formula": 1, "activation Tanh": 1}
+    assert used["norm"].num_modules == 4 and used["norm"].left == {"OtherRMSNorm has another formula": 1}
+
+
+def test_the_proof_catches_a_part_that_is_wrong(monkeypatch):
+    from lora_kit.fast import linear
+
+    net = random_model("llama")
+    packing.use_packing(net.get_base_model())
+    reference = proof.Reference(net, rows()[:2], OneProcess, "fp32")
+    fast.use_fast(net, FAST_PARTS)
+    assert reference.compare(packed=True)["holds"]
+    right = linear.backward
+
+    def without_scale(dy, x, h, w, wants_dx, into=None):
+        return right(dy, x, h, w._replace(scale=1.0), wants_dx, into)
+
+    monkeypatch.setattr(linear, "backward", without_scale)
+    assert not reference.compare(packed=True)["holds"]
+
+
+def test_the_proof_sees_errors_that_a_fresh_adapter_would_hide():
+    """With B of zero, A has no gradient and the delta no value: the proof draws B, and puts the zeros back."""
+    import torch
+
+    net = random_model("llama")
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    reference = proof.Reference(net, rows()[:2], OneProcess, "fp32")
+    named = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    gradients = dict(zip(named, reference.separate[1], strict=True))
+    assert all(bool(gradient.any()) for name, gradient in gradients.items() if "lora_A" in name)
+    assert not any(bool(parameter.any()) for name, parameter in net.named_parameters() if "lora_B" in name)
+
+
+# ---- through the stage ------------------------------------------------------------------
+
+
+def trained(tmp_path, tiny_model, name, **train):
+    from tests import tiny_run
+
+    sections = {**tiny_run.SECTIONS["train"], "steps": 6, "prove": True, **train}
+    path = tiny_run.write_recipe(tmp_path, tiny_model, name=name, train=sections)
+    from lora_kit import pipeline
+
+    run = pipeline.run_recipe(tiny_run.read(path), runs_dir=tmp_path / "runs", until="train")
+    lines = (run.stage_dir("train") / "metrics.jsonl").read_text().splitlines()
+    return run, [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    from tests import tiny
+
+    return tiny.save_model(tmp_path_factory.mktemp("model"))[0]
+
+
+def test_a_run_has_the_losses_of_the_plain_path_and_saves_a_plain_adapter(tmp_path, tiny_model):
+    from safetensors.torch import load_file
+
+    fast_run, losses = trained(tmp_path, tiny_model, "fast")
+    plain_run, plain = trained(tmp_path, tiny_model, "plain", fast=[])
+    assert losses == pytest.approx(plain, rel=1e-4) and len(losses) == 6
+    figures = json.loads((fast_run.stage_dir("train") / "stage.json").read_text())["figures"]["fast"]
+    assert figures["proof"]["holds"] and figures["parts"]["linear"] == {"modules": 14, "left": {}}
+    assert set(figures["parts"]) == set(FAST_PARTS)
+    saved, wanted = (load_file(run.stage_dir("train") / "adapter" / "adapter_model.safetensors")
+                     for run in (fast_run, plain_run))
+    assert list(saved) == list(wanted)
+    for name, tensor in wanted.items():
+        assert float((saved[name] - tensor).norm()) <= 1e-2 * float(tensor.norm()) + 1e-6
+
+
+def test_a_fast_path_that_fails_its_proof_is_taken_back(tmp_path, tiny_model, monkeypatch):
+    from lora_kit.fast import mlp
+
+    monkeypatch.setattr(mlp, "_backward", lambda activation, dy, x: dy * 0.5)
+    run, losses = trained(tmp_path, tiny_model, "wrong")
+    figures = json.loads((run.stage_dir("train") / "stage.json").read_text())["figures"]["fast"]
+    assert not figures["proof"]["holds"] and "differ from plain ones" in figures["why_not"]
+    assert losses == pytest.approx(trained(tmp_path, tiny_model, "plain2", fast=[])[1], rel=1e-4)
+
+
+def test_plain_takes_everything_back():
+    net = random_model("llama")
+    packing.use_packing(net.get_base_model())
+    fast.use_fast(net, FAST_PARTS)
+    preparation.plain(net)
+    assert net.get_base_model().config._attn_implementation == "sdpa"
+    assert not any(hasattr(type(module), "original_class") for module in net.modules())
