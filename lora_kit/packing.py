@@ -6,6 +6,7 @@ reads its neighbour. How that is kept depends on the attention implementation:
 
 * ``sdpa``: an attention function of ours runs torch's fused attention row by row, so that no
   mask over all pairs of tokens is built (transformers' own block mask is right too, but slower);
+  it can also let all rows go on from tokens that they share, such as a system prompt;
 * ``flash_attention_2``: the kernel takes the bounds of the rows (``cu_seq_lens``);
 * ``eager``: transformers makes a block mask from the positions, which it does only without an
   attention mask and without a cache.
@@ -83,23 +84,47 @@ def micro_batches(
     return mine
 
 
-def packed_batch_of(examples: Sequence[Example], device) -> Batch:
-    """``examples`` end to end as one sequence: B is 1, T the sum of their lengths; int64 on ``device``."""
+def packed_batch_of(examples: Sequence[Example], device, share_prefix: bool = False) -> Batch:
+    """``examples`` end to end as one sequence: B is 1, T the sum of their lengths; int64 on ``device``.
+
+    With ``share_prefix`` what all of them begin with, and none is trained on, comes once: see
+    :class:`lora_kit.types.Batch`.
+    """
     import torch
 
-    lengths = tuple(len(example.tokens_T) for example in examples)
+    shared = _shared_prefix(examples) if share_prefix else 0
+    starts = [0, *(shared for _ in examples[1:])]
+    lengths = tuple(len(example.tokens_T) - start for example, start in zip(examples, starts, strict=True))
     labels = [numpy.where(example.loss_mask_T == 1, example.tokens_T, IGNORED) for example in examples]
     for label_T in labels:
         label_T[:1] = IGNORED  # a row's first token is predicted by nothing, least of all by the row before it
-    joined = numpy.concatenate([example.tokens_T for example in examples])
-    tokens_1T = torch.from_numpy(joined.astype(numpy.int64))[None]
-    labels_1T = torch.from_numpy(numpy.concatenate(labels).astype(numpy.int64))[None]
-    positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
+
+    def joined(rows):
+        parts = [row_T[start:] for row_T, start in zip(rows, starts, strict=True)]
+        return torch.from_numpy(numpy.concatenate(parts).astype(numpy.int64))[None]
+
+    labels_1T = joined(labels)
+    positions_1T = joined([numpy.arange(len(example.tokens_T)) for example in examples])
     return Batch(
-        tokens_BT=tokens_1T.to(device), labels_BT=labels_1T.to(device), attention_mask_BT=None,
-        positions_BT=positions_1T.to(device), document_lengths=lengths,
+        tokens_BT=joined([example.tokens_T for example in examples]).to(device), labels_BT=labels_1T.to(device),
+        attention_mask_BT=None, positions_BT=positions_1T.to(device), document_lengths=lengths, prefix_length=shared,
         num_trained_tokens=int((labels_1T != IGNORED).sum()), num_tokens=sum(lengths),
     )
+
+
+def _shared_prefix(examples: Sequence[Example]) -> int:
+    """Tokens that all of several ``examples`` begin with, up to before the first that one is trained on."""
+    if len(examples) < 2:
+        return 0
+    first = examples[0]
+    shared = min(len(example.tokens_T) - 1 for example in examples)
+    for example in examples:
+        trained = numpy.flatnonzero(example.loss_mask_T == 1)
+        # The token after the prefix is predicted by the prefix, which does not know whose it is.
+        shared = min(shared, int(trained[0]) - 1 if len(trained) else shared)
+        differ = numpy.flatnonzero(example.tokens_T[:max(shared, 0)] != first.tokens_T[:max(shared, 0)])
+        shared = int(differ[0]) if len(differ) else shared
+    return max(shared, 0)
 
 
 def forward_inputs(batch: Batch) -> dict[str, Any]:
@@ -107,6 +132,8 @@ def forward_inputs(batch: Batch) -> dict[str, Any]:
     if not batch.document_lengths:
         return {"attention_mask": batch.attention_mask_BT}
     inputs: dict[str, Any] = {"position_ids": batch.positions_BT, "document_lengths": batch.document_lengths}
+    if batch.prefix_length:
+        return inputs | {"prefix_length": batch.prefix_length}
     if batch.tokens_BT.device.type == "cuda":
         import torch
 
@@ -152,13 +179,15 @@ def stop_packing(model) -> None:
 
 def attend_per_document(
     module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout: float = 0.0, scaling: float | None = None,
-    document_lengths: tuple[int, ...] | None = None, sliding_window: int | None = None, **options,
+    document_lengths: tuple[int, ...] | None = None, prefix_length: int = 0, sliding_window: int | None = None,
+    **options,
 ):
     """Causal attention inside each packed row: an attention function for transformers' AttentionInterface.
 
     Args:
         key_BHTD, value_BHTD: may have fewer heads than the query (grouped-query attention).
         document_lengths: tokens of each row, summing to T; None: each B is one row.
+        prefix_length: tokens at the start of the first row that come before every other row too.
         sliding_window: tokens that a position sees, itself included.
 
     Returns:
@@ -176,13 +205,25 @@ def attend_per_document(
     lengths = list(document_lengths or (query_BHTD.shape[2],))
     grouped = query_BHTD.shape[1] != key_BHTD.shape[1]
     attended = []
-    for query, key, value in zip(*(tensor.split(lengths, dim=2) for tensor in (query_BHTD, key_BHTD, value_BHTD)),
-                                 strict=True):
-        num_tokens, mask = query.shape[2], None
-        if sliding_window is not None and num_tokens > sliding_window:
-            ones = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device)
-            mask = ones.tril() & ones.triu(1 - sliding_window)
+    for number, (query, key, value) in enumerate(zip(
+            *(tensor.split(lengths, dim=2) for tensor in (query_BHTD, key_BHTD, value_BHTD)), strict=True)):
+        before = prefix_length if number else 0
+        if before:
+            key, value = (torch.cat([whole[:, :, :before], own], dim=2)
+                          for whole, own in ((key_BHTD, key), (value_BHTD, value)))
+        mask = None
+        if before or (sliding_window is not None and query.shape[2] > sliding_window):
+            mask = causal_mask(query.shape[2], before, sliding_window, query.device)
         attended.append(scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling,
             enable_gqa=grouped))
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def causal_mask(num_queries: int, before: int, sliding_window: int | None, device):
+    """(queries, before + queries), True where a query sees a key: ``before`` keys come before the first query's own."""
+    import torch
+
+    ones = torch.ones(num_queries, before + num_queries, dtype=torch.bool, device=device)
+    seen = ones.tril(before)
+    return seen if sliding_window is None else seen & ones.triu(before + 1 - sliding_window)

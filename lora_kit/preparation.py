@@ -16,7 +16,7 @@ from lora_kit.recipe import FAST_PARTS, Recipe, TrainSection
 from lora_kit.units import number_text
 
 _NOUNS = {"linear": "linear layers", "mlp": "MLPs", "norm": "norms", "attention": "attention layers",
-          "loss": "output layer"}
+          "loss": "output layer", "prefix": "layers with a shared prefix"}
 
 
 def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, accelerator, precision: str,
@@ -68,7 +68,7 @@ def _use_fast(net, settings: TrainSection, reference, rows: list[str], is_packed
     if not any(part.num_modules for part in used.values()):
         quick["why_not"] = "no part of it fits this model"
     elif reference is not None:
-        quick["proof"] = reference.compare(packed=is_packed) | {"rows": rows}
+        quick["proof"] = reference.compare(is_packed, shares_prefix(quick)) | {"rows": rows}
         if not quick["proof"]["holds"]:
             fast.stop_fast(net)
             quick["why_not"] = f"its loss or gradients on two rows differ from plain ones: {_apart(quick['proof'])}"
@@ -98,6 +98,11 @@ def _reference(net, settings: TrainSection, examples: tokens.ExampleFile, num_st
 def _apart(found: dict[str, Any]) -> str:
     differ = max(found["loss_difference"], found["gradient_difference"])
     return f"{number_text(differ, 2)} apart, bound {number_text(found['bound'], 2)}"
+
+
+def shares_prefix(quick: dict[str, Any]) -> bool:
+    """Whether batches are to hold once what their rows begin with, by what :func:`prepare` found of ``fast``."""
+    return quick["why_not"] is None and bool(quick["parts"].get("prefix", {}).get("modules"))
 
 
 def plain(net) -> None:

@@ -58,14 +58,14 @@ class Reference:
         smallest = SMALLEST_BOUND[precision]
         self.bound = max(FLOOR_FACTOR * self.floor, smallest) if math.isfinite(self.floor) else smallest
 
-    def batches(self, packed: bool) -> list[Batch]:
+    def batches(self, packed: bool, share_prefix: bool = False) -> list[Batch]:
         """The examples as the loop would pass them: in one packed sequence, or one by one."""
         device = self.accelerator.device
         if packed:
-            return [packed_batch_of(self.examples, device)]
+            return [packed_batch_of(self.examples, device, share_prefix)]
         return [batch_of([example], 0, device) for example in self.examples]
 
-    def compare(self, packed: bool) -> dict[str, Any]:
+    def compare(self, packed: bool, share_prefix: bool = False) -> dict[str, Any]:
         """The model as it is now against the reference.
 
         Returns:
@@ -73,7 +73,8 @@ class Reference:
             together), ``floor`` (the larger of the two for padded against one by one), ``bound``, ``holds`` and
             ``tokens``.
         """
-        loss, gradient = _differences(self.separate, self._measure(self.batches(packed)), self.accelerator)
+        measured = self._measure(self.batches(packed, share_prefix))
+        loss, gradient = _differences(self.separate, measured, self.accelerator)
         return {"loss_difference": loss, "gradient_difference": gradient, "floor": self.floor, "bound": self.bound,
                 "holds": max(loss, gradient) <= self.bound,
                 "tokens": sum(len(example.tokens_T) for example in self.examples)}

@@ -81,7 +81,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
     stop = _StopSignals()
     save_every = save_interval(settings, num_steps)
     prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator, _precision(settings, accelerator))
-    shares = _Shares(settings, prepared["packing"]["budget"], accelerator)
+    shares = _Shares(settings, prepared["packing"]["budget"], accelerator, preparation.shares_prefix(prepared["fast"]))
 
     def held_out_loss() -> float | None:
         return evaluate_loss(wrapped, held_out_rows, shares, accelerator)
@@ -197,8 +197,9 @@ def stage(recipe: Recipe, run: Run) -> Result:
 class _Shares:
     """What this process takes of a batch, pass by pass, packed within ``budget`` tokens or padded (None)."""
 
-    def __init__(self, settings: TrainSection, budget: int | None, accelerator) -> None:
+    def __init__(self, settings: TrainSection, budget: int | None, accelerator, share_prefix: bool = False) -> None:
         self.budget, self.micro_batch_size, self.accelerator = budget, settings.micro_batch_size, accelerator
+        self.share_prefix = share_prefix
 
     def of(self, rows: Sequence[int], examples: tokens.ExampleFile) -> list[list[int]]:
         return packing.micro_batches(
@@ -219,7 +220,7 @@ class _Shares:
         chosen = [examples[row] for row in micro]
         if self.budget is None:
             return tokens.batch_of(chosen, 0, self.accelerator.device)
-        return packing.packed_batch_of(chosen, self.accelerator.device)
+        return packing.packed_batch_of(chosen, self.accelerator.device, self.share_prefix)
 
 
 def evaluate_loss(net, examples: tokens.ExampleFile, shares: _Shares, accelerator) -> float | None:
@@ -254,7 +255,7 @@ def _stop_rate(recipe: Recipe, run: Run, net, accelerator) -> dict[str, Any] | N
     tokenizer = chat.load_tokenizer(run.resolved["base"]["artifact"]["tokenizer"])
     most = getattr(net.config.get_text_config(), "max_position_embeddings", None) or recipe.data.max_tokens
     prompts = prompts_of(tokenizer, rows.read_held_out(run.stage_dir("data")), settings.stop_prompts,
-                                   most - settings.stop_within, recipe.data.tools)
+                         most - settings.stop_within, recipe.data.tools)
     with accelerator.autocast():
         found = measure_stop_rate(net, tokenizer, prompts, settings.stop_within)
     if found:

@@ -64,7 +64,9 @@ class Batch:
     """Examples of one forward pass, padded or packed. ``labels_BT`` is -100 where nothing is trained on.
 
     Padded: ``attention_mask_BT`` is 1 on real tokens; padding is known by length, never by id. Packed: B is 1,
-    ``document_lengths`` are the examples' tokens, ``positions_BT`` starts anew with each, and there is no mask.
+    ``document_lengths`` are the examples' tokens, ``positions_BT`` starts anew with each, and there is no mask. With
+    ``prefix_length`` each example but the first goes on from that many tokens at the sequence's start, which it
+    shares with all others: they are neither repeated nor counted in its length.
     """
 
     tokens_BT: Any
@@ -74,6 +76,7 @@ class Batch:
     num_tokens: int
     positions_BT: Any = None
     document_lengths: tuple[int, ...] = ()
+    prefix_length: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,43 @@ def test_every_part_gives_the_gradients_of_plain_peft(family):
     assert again[0] == plain[0] and bool((again[1] == plain[1]).all())
 
 
-@pytest.mark.parametrize("lengths", [(40,), (17, 5, 1), (16, 16), (33, 2)])
-def test_attention_in_blocks_of_queries_has_the_right_gradients(monkeypatch, lengths):
+def rows_with_a_prefix():
+    several = rows()
+    for row in several:
+        row.tokens_T[:5], row.loss_mask_T[:6] = [11, 12, 13, 14, 15], 0
+    return [row for row in several if len(row.tokens_T) > 7]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
+@pytest.mark.parametrize("parts", [("prefix",), FAST_PARTS])
+def test_a_prefix_that_rows_share_is_computed_once_and_changes_nothing(family, parts):
+    net = random_model(family)
+    packing.use_packing(net.get_base_model())
+    several = rows_with_a_prefix()
+    once = packed_batch_of(several, "cpu", share_prefix=True)
+    assert once.prefix_length == 5 and len(several) > 2
+    plain = loss_and_gradients(net, [packed_batch_of(several, "cpu")])
+    assert fast.use_fast(net, parts)["prefix"].num_modules == 2
+    loss, gradients = apart(plain, loss_and_gradients(net, [once]))
+    assert loss < 1e-5 and gradients < 1e-4
+
+
+def test_a_prefix_is_not_shared_where_it_cannot_be():
+    net = random_model("llama", "eager")
+    assert fast.use_fast(net, ["prefix"])["prefix"].left == {"rows are not packed for sdpa": 2}
+    net = random_model("llama")
+    packing.use_packing(net.get_base_model())
+    import torch
+
+    for module in net.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    assert "dropout" in next(iter(fast.use_fast(net, ["prefix"])["prefix"].left))
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("lengths", [(40,), (17, 5, 1), (16, 16), (33, 2, 20)])
+def test_attention_in_blocks_of_queries_has_the_right_gradients(monkeypatch, lengths, prefix):
     import torch
 
     from lora_kit.fast import attention
@@ -75,10 +110,12 @@ def test_attention_in_blocks_of_queries_has_the_right_gradients(monkeypatch, len
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, sum(lengths), 8, generator=generator, requires_grad=True)
                          for heads in (6, 2, 2))
-    wanted, _ = packing.attend_per_document(None, query, key, value, None, scaling=0.3, document_lengths=lengths)
+    wanted, _ = packing.attend_per_document(None, query, key, value, None, scaling=0.3, document_lengths=lengths,
+                                            prefix_length=prefix)
     weight = torch.randn(wanted.shape, generator=generator)
     right = torch.autograd.grad((wanted * weight).sum(), (query, key, value))
-    ours, _ = attention.attend(None, query, key, value, None, scaling=0.3, document_lengths=lengths)
+    ours, _ = attention.attend(None, query, key, value, None, scaling=0.3, document_lengths=lengths,
+                                            prefix_length=prefix)
     assert ours.grad_fn.name().startswith("_Node") and torch.allclose(ours, wanted, atol=1e-6)
     for mine, its in zip(torch.autograd.grad((ours * weight).sum(), (query, key, value)), right, strict=True):
         assert torch.allclose(mine, its, atol=2e-6)

@@ -55,6 +55,21 @@ def test_a_packed_batch_starts_anew_with_each_row():
     assert batch.document_lengths == (3, 2) and (batch.num_tokens, batch.num_trained_tokens) == (5, 3)
 
 
+def test_a_shared_prefix_comes_once_and_ends_before_what_is_trained():
+    several = [example([7, 8, 9, 1, 2], [0, 0, 0, 0, 1]), example([7, 8, 9, 3], [0, 0, 0, 1]),
+               example([7, 8, 9, 4, 5, 6], [0, 0, 0, 0, 0, 1])]
+    batch = packed_batch_of(several, "cpu", share_prefix=True)
+    # The second row trains its fourth token, which the prefix must not predict: two tokens are shared, not three.
+    assert batch.prefix_length == 2 and batch.document_lengths == (5, 2, 4)
+    assert batch.tokens_BT.tolist() == [[7, 8, 9, 1, 2, 9, 3, 9, 4, 5, 6]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 4, 2, 3, 2, 3, 4, 5]]
+    assert batch.num_trained_tokens == packed_batch_of(several, "cpu").num_trained_tokens == 3
+    assert packed_batch_of(several[:1], "cpu", share_prefix=True).prefix_length == 0
+    assert packed_batch_of([example([1, 2], [0, 1]), example([3, 2], [0, 1])], "cpu", True).prefix_length == 0
+    assert packed_batch_of([example([1, 2, 3], [1, 0, 1])] * 2, "cpu", True).prefix_length == 0
+    assert packed_batch_of([example([1, 2], [0, 0])] * 2, "cpu", True).prefix_length == 1
+
+
 FAMILIES = {
     "llama": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
@@ -176,8 +191,8 @@ def test_the_proof_catches_neighbours_that_read_each_other(monkeypatch):
 def test_the_proof_catches_positions_that_run_on(monkeypatch):
     import torch
 
-    def running_on(examples, device):
-        batch = packed_batch_of(examples, device)
+    def running_on(examples, device, share_prefix):
+        batch = packed_batch_of(examples, device, share_prefix)
         object.__setattr__(batch, "positions_BT", torch.arange(batch.num_tokens)[None])
         return batch
 

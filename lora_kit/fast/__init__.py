@@ -8,7 +8,9 @@ state stay what they are, and :func:`stop_fast` takes it back. Each part has a n
 * ``mlp``: a gated MLP as one node;
 * ``norm``: RMSNorm as one node;
 * ``attention``: attention of packed rows on a CPU as one node, its backward pass as matrix products;
-* ``loss``: head and cross-entropy in slices.
+* ``loss``: head and cross-entropy in slices;
+* ``prefix``: tokens that all rows of a pass begin with, such as a system prompt, are computed once
+  (``packing.packed_batch_of`` makes such batches when it is asked to).
 
 Modules are recognised by what they do and not by the model's name: an activation or a norm is compared
 with the formula, on numbers, before it is replaced. Reads and writes nothing.
@@ -37,7 +39,8 @@ def use_fast(net, parts: Sequence[str]) -> dict[str, Part]:
 
     ``attention`` wants packing to be in use already (:func:`lora_kit.packing.use_packing`).
     """
-    prepare = {"linear": _linear, "mlp": _mlp, "norm": _norm, "attention": _attention, "loss": _loss}
+    prepare = {"linear": _linear, "mlp": _mlp, "norm": _norm, "attention": _attention, "loss": _loss,
+               "prefix": _prefix}
     plain = net.get_base_model()
     return {name: prepare[name](plain) for name in parts}
 
@@ -114,3 +117,13 @@ def _loss(plain) -> Part:
 
 
 
+
+
+def _prefix(plain) -> Part:
+    config = plain.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", 1)
+    if config._attn_implementation not in (PER_DOCUMENT, attention.NAME):
+        return Part(0, {"rows are not packed for sdpa": layers})
+    if any(getattr(module, "p", 0.0) for module in plain.modules() if "Dropout" in type(module).__name__):
+        return Part(0, {"dropout would be drawn once for all rows": layers})
+    return Part(layers)

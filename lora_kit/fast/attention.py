@@ -6,7 +6,7 @@ the gradients are batched matrix products. Queries that share a key (grouped-que
 one matrix with it, so that keys and values are never repeated. The output is laid out as the next
 layer takes it, and kept once.
 
-Shape suffixes: B 1, H heads, G key heads, T tokens, D head size. Reads and writes nothing.
+Shape suffixes: B 1, H heads, G key heads, T tokens, S keys of a row, D head size. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_kit.packing import attend_per_document
+from lora_kit.packing import attend_per_document, causal_mask
 
 NAME = "lora_kit_fast"
 """Name under which transformers knows :func:`attend`."""
@@ -23,41 +23,45 @@ _BLOCK = 512
 
 
 def attend(module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout: float = 0.0,
-           scaling: float | None = None, document_lengths: tuple[int, ...] | None = None,
+           scaling: float | None = None, document_lengths: tuple[int, ...] | None = None, prefix_length: int = 0,
            sliding_window: int | None = None, **options):
     """:func:`lora_kit.packing.attend_per_document`, faster where it can be; the same arguments and results."""
     lengths = tuple(document_lengths or (query_BHTD.shape[2],))
     unusual = (
         attention_mask is not None or dropout or query_BHTD.device.type != "cpu" or query_BHTD.shape[0] != 1
         or any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-        or (sliding_window is not None and max(lengths) > sliding_window)
+        or (sliding_window is not None and max(lengths) + prefix_length > sliding_window)
         or query_BHTD.shape[-1] != value_BGTD.shape[-1] or not torch.is_grad_enabled())
     if unusual:
         return attend_per_document(
             module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout=dropout, scaling=scaling,
-            document_lengths=document_lengths, sliding_window=sliding_window, **options)
+            document_lengths=document_lengths, prefix_length=prefix_length, sliding_window=sliding_window, **options)
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return _Node.apply(query_BHTD, key_BGTD, value_BGTD, lengths, scale), None
+    return _Node.apply(query_BHTD, key_BGTD, value_BGTD, lengths, prefix_length, scale), None
 
 
 class _Node(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, query_BHTD, key_BGTD, value_BGTD, lengths, scale):
+    def forward(ctx, query_BHTD, key_BGTD, value_BGTD, lengths, prefix, scale):
         heads, groups = query_BHTD.shape[1], key_BGTD.shape[1]
         out_BTHD = query_BHTD.new_empty(1, query_BHTD.shape[2], heads, query_BHTD.shape[3])
-        logs = []
-        start = 0
+        logs, start = [], 0
         for length in lengths:
-            rows = slice(start, start + length)
-            key, value = (tensor[:, :, rows].repeat_interleave(heads // groups, 1) if heads != groups
-                          else tensor[:, :, rows] for tensor in (key_BGTD, value_BGTD))
+            rows, before = slice(start, start + length), prefix if start else 0
+            key, value = (_with_prefix(tensor, rows, before, dim=2) for tensor in (key_BGTD, value_BGTD))
+            if heads != groups:
+                key, value = (tensor.repeat_interleave(heads // groups, 1) for tensor in (key, value))
+            mask = None
+            if before:
+                seen = causal_mask(length, before, None, key.device)
+                mask = torch.zeros(seen.shape, dtype=key.dtype).masked_fill_(~seen, -torch.inf)
             out, log_HT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query_BHTD[:, :, rows], key, value, 0.0, True, scale=scale)
+                query_BHTD[:, :, rows], key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
             out_BTHD[:, rows] = out.transpose(1, 2)
             logs.append(log_HT)
             start += length
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.lengths, ctx.prefix, ctx.scale = lengths, prefix, scale
         ctx.save_for_backward(query_BHTD, key_BGTD, value_BGTD, out_BTHD, *logs)
         return out_BTHD
 
@@ -65,48 +69,55 @@ class _Node(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_BTHD):
         query_BHTD, key_BGTD, value_BGTD, out_BTHD, *logs = ctx.saved_tensors
-        groups = key_BGTD.shape[1]
         dquery, dkey, dvalue = (torch.empty_like(tensor, memory_format=torch.contiguous_format)
                                 for tensor in (query_BHTD, key_BGTD, value_BGTD))
         # d(sum of p·dp), one number a query and head.
         delta_HT = (dout_BTHD * out_BTHD)[0].sum(-1, dtype=torch.float32).t()
         start = 0
         for length, log_HT in zip(ctx.lengths, logs, strict=True):
-            rows = slice(start, start + length)
-            query, dout = query_BHTD[0, :, rows], dout_BTHD[0, rows].transpose(0, 1)
-            _backward_of_row(
-                query, key_BGTD[0, :, rows], value_BGTD[0, :, rows], dout, log_HT[0], delta_HT[:, rows], groups,
-                ctx.scale, (dquery[0, :, rows], dkey[0, :, rows], dvalue[0, :, rows]))
+            rows, before = slice(start, start + length), ctx.prefix if start else 0
+            key_GTD, value_GTD = (_with_prefix(tensor[0], rows, before, dim=1) for tensor in (key_BGTD, value_BGTD))
+            dquery[0, :, rows], dkey_GTD, dvalue_GTD = _gradients(
+                query_BHTD[0, :, rows], key_GTD, value_GTD, dout_BTHD[0, rows].transpose(0, 1), log_HT[0],
+                delta_HT[:, rows], ctx.scale)
+            for whole, part in ((dkey, dkey_GTD), (dvalue, dvalue_GTD)):
+                whole[0, :, rows] = part[:, before:]
+                if before:
+                    whole[0, :, :before] += part[:, :before]
             start += length
-        return dquery, dkey, dvalue, None, None
+        return dquery, dkey, dvalue, None, None, None
 
 
-def _backward_of_row(query_HTD, key_GTD, value_GTD, dout_HTD, log_HT, delta_HT, groups, scale, into) -> None:
-    """Gradients of one row's attention, written to the three arrays of ``into``."""
-    heads, length, size = query_HTD.shape
-    shared = heads // groups
-    dquery_HTD, dkey_GTD, dvalue_GTD = into
+def _with_prefix(tensor: torch.Tensor, rows: slice, before: int, dim: int) -> torch.Tensor:
+    """The tokens ``rows`` of ``tensor``, after its first ``before`` tokens."""
+    own = tensor.narrow(dim, rows.start, rows.stop - rows.start)
+    return torch.cat([tensor.narrow(dim, 0, before), own], dim) if before else own
+
+
+def _gradients(query_HTD, key_GSD, value_GSD, dout_HTD, log_HT, delta_HT, scale):
+    """Gradients of query, key and value of one row's attention; its keys may begin before its queries (S >= T)."""
+    (heads, length, size), groups = query_HTD.shape, key_GSD.shape[0]
+    shared, before = heads // groups, key_GSD.shape[1] - length
+    dquery_HTD = torch.empty_like(query_HTD)
+    dkey_GSD, dvalue_GSD = torch.zeros_like(key_GSD), torch.zeros_like(value_GSD)
     for first in range(0, length, _BLOCK):
         last = min(first + _BLOCK, length)
+        num_keys = before + last
 
         def grouped(tensor, first=first, last=last):
             return tensor[:, first:last].reshape(groups, shared * (last - first), -1)
 
         query, dout = grouped(query_HTD), grouped(dout_HTD)
-        key, value = key_GTD[:, :last], value_GTD[:, :last]
+        key, value = key_GSD[:, :num_keys], value_GSD[:, :num_keys]
         # Logits and all that is made of them in fp32; the products in the arithmetic's own type.
         p = torch.bmm(query, key.transpose(1, 2)).float().mul_(scale).sub_(grouped(log_HT[..., None]))
-        p = p.view(groups, shared, last - first, last)
+        p = p.view(groups, shared, last - first, num_keys)
         future = torch.ones(last - first, last - first, dtype=torch.bool).triu_(1)
-        p[..., first:].masked_fill_(future, -torch.inf)
-        p = p.exp_().view(groups, -1, last)
+        p[..., before + first:].masked_fill_(future, -torch.inf)
+        p = p.exp_().view(groups, -1, num_keys)
         dp = torch.bmm(dout, value.transpose(1, 2)).float().sub_(grouped(delta_HT[..., None])).mul_(p).mul_(scale)
         p, ds = p.to(query.dtype), dp.to(query.dtype)
         dquery_HTD[:, first:last] = torch.bmm(ds, key).view(heads, last - first, size)
-        dvalue, dkey = torch.bmm(p.transpose(1, 2), dout), torch.bmm(ds.transpose(1, 2), query)
-        if first == 0:
-            dvalue_GTD[:, last:], dkey_GTD[:, last:] = 0, 0
-            dvalue_GTD[:, :last], dkey_GTD[:, :last] = dvalue, dkey
-        else:
-            dvalue_GTD[:, :last] += dvalue
-            dkey_GTD[:, :last] += dkey
+        dkey_GSD[:, :num_keys] += torch.bmm(ds.transpose(1, 2), query)
+        dvalue_GSD[:, :num_keys] += torch.bmm(p.transpose(1, 2), dout)
+    return dquery_HTD, dkey_GSD, dvalue_GSD
