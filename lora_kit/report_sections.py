@@ -159,6 +159,7 @@ def training(found: Findings) -> Section:
              else missing(_why_no_held_out(found))],
         ]
         rows.append(["rows of a batch", _packing_text(train.get("packing") or {})])
+        rows.append(["fast path", _fast_text(train.get("fast") or {})])
         if train.get("stops"):
             stops = train["stops"]
             rows.append(["stops by itself", f"{stops['num_stopped']} of {stops['num_prompts']} answers to held-out "
@@ -183,6 +184,20 @@ def _packing_text(packing: dict[str, Any]) -> str:
     return (f"packed: loss {number_text(proof['loss_difference'], 2)} and gradients "
             f"{number_text(proof['gradient_difference'], 2)} from those of separate rows, relative (bound "
             f"{number_text(proof['bound'], 2)})")
+
+
+def _fast_text(fast: dict[str, Any]) -> str:
+    """Which parts of the fast path served, what was left to the plain one, and what proved it."""
+    if fast.get("why_not") or not fast.get("parts"):
+        return f"not used: {fast.get('why_not') or 'train.fast is empty'}"
+    served = ", ".join(f"{name} ({part['modules']})" for name, part in fast["parts"].items() if part["modules"])
+    left = "; ".join(f"{number} modules of {name} are plain: {reason}" for name, part in fast["parts"].items()
+                     for reason, number in part["left"].items())
+    proof = fast.get("proof")
+    proven = (f"loss {number_text(proof['loss_difference'], 2)} and gradients "
+              f"{number_text(proof['gradient_difference'], 2)} from plain ones, relative (bound "
+              f"{number_text(proof['bound'], 2)})" if proof else "not proven on this model (train.prove)")
+    return "; ".join(filter(None, (served, left, proven)))
 
 
 def _train_peak(train: dict[str, Any]) -> str:

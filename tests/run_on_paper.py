@@ -9,6 +9,7 @@ from lora_kit.recipe import Recipe
 from lora_kit.types import Artifact
 
 STAGES = ("data", "train", "merge", "quantize", "bench", "eval")
+PROOF = {"loss_difference": 2.5e-7, "gradient_difference": 3.1e-6, "floor": 2e-6, "bound": 1e-4, "holds": True}
 CONFIG = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
           "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
 
@@ -107,6 +108,9 @@ def _train(folder: Path, num_steps: int, text: str) -> dict:
     return {"figures": {
         "steps": num_steps, "train_seconds": 130.0, "held_out_before": 4.2, "held_out_after": 3.73, "best_step": 60,
         "kept": "last", "peak_memory_bytes": 4_100_000_000, "device_peak_memory_bytes": None,
+        "packing": {"budget": 960, "why_not": None, "proof": PROOF},
+        "fast": {"parts": {"linear": {"modules": 208, "left": {"hooks": 2}}, "mlp": {"modules": 30, "left": {}},
+                           "norm": {"modules": 0, "left": {}}}, "why_not": None, "proof": PROOF},
         "tokens_per_second": 520.0, "trained_tokens": 30_000, "tokens_total": 68_000, "num_trainable_params": 4_884_480,
         "num_params": 139_399_488, "precision": "bf16", "device": "cpu", "num_processes": 1, "threads": 2}}
 

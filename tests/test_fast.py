@@ -294,6 +294,48 @@ def test_the_proof_sees_errors_that_a_fresh_adapter_would_hide():
     assert not any(bool(parameter.any()) for name, parameter in net.named_parameters() if "lora_B" in name)
 
 
+def test_kernels_of_others_are_called_as_they_want_it(monkeypatch):
+    """The plumbing only, with stand-ins that compute what those kernels promise; no GPU was at hand."""
+    import sys
+    import types
+
+    import torch
+
+    from lora_kit.fast import cuda
+
+    called = []
+
+    def linear_cross_entropy(e, c, targets, bias=None, ignore_index=-100, softcap=None, reduction="mean", shift=0):
+        called.append("loss")
+        logits = torch.nn.functional.linear(e, c, bias).float()
+        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+
+    class LigerRMSNormFunction:
+        @staticmethod
+        def apply(x, w, eps, offset=0.0, casting_mode="llama", in_place=True):
+            called.append(("norm", offset, casting_mode, in_place))
+            return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype) * (w + offset)
+
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", types.SimpleNamespace(
+        linear_cross_entropy=linear_cross_entropy))
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", types.ModuleType("liger_kernel.ops"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", types.SimpleNamespace(
+        LigerRMSNormFunction=LigerRMSNormFunction))
+    monkeypatch.setattr(cuda, "applies", lambda tensor: True)
+    cuda._installed.cache_clear()
+    try:
+        for family, norm in (("llama", ("norm", 0.0, "llama", False)), ("gemma", ("norm", 1.0, "gemma", False))):
+            net = random_model(family).to(torch.bfloat16)
+            packing.use_packing(net.get_base_model())
+            plain = loss_and_gradients(net, [packed_batch_of(rows(), "cpu")])
+            fast.use_fast(net, ["norm", "loss"])
+            ours = loss_and_gradients(net, [packed_batch_of(rows(), "cpu")])
+            assert apart(plain, ours)[0] < 1e-2 and {"loss", norm} <= set(called)
+    finally:
+        cuda._installed.cache_clear()
+
+
 # ---- through the stage ------------------------------------------------------------------
 
 

