@@ -374,6 +374,15 @@ def test_a_run_has_the_losses_of_the_plain_path_and_saves_a_plain_adapter(tmp_pa
         assert float((saved[name] - tensor).norm()) <= 1e-2 * float(tensor.norm()) + 1e-6
 
 
+@pytest.mark.parametrize("train", [{"gradient_checkpointing": True}, {"packing": False}, {"precision": "bf16"}])
+def test_it_goes_with_the_other_choices_of_a_recipe(tmp_path, tiny_model, train):
+    run, losses = trained(tmp_path, tiny_model, "fast", **train)
+    _, plain = trained(tmp_path, tiny_model, "plain", fast=[], **train)
+    figures = json.loads((run.stage_dir("train") / "stage.json").read_text())["figures"]["fast"]
+    assert figures["proof"]["holds"] and figures["parts"]["linear"]["modules"] == 14
+    assert losses == pytest.approx(plain, rel=2e-2 if "precision" in train else 1e-4)
+
+
 def test_a_fast_path_that_fails_its_proof_is_taken_back(tmp_path, tiny_model, monkeypatch):
     from lora_kit.fast import mlp
 

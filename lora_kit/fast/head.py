@@ -66,7 +66,8 @@ class _Node(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         (gradient_KC,) = ctx.saved_tensors
-        return gradient_KC * dloss.to(gradient_KC.dtype), None, None, None
+        # In fp32: rounding the factor first would scale every gradient of the step.
+        return (gradient_KC.float() * dloss).to(gradient_KC.dtype), None, None, None
 
 
 def head_of(model) -> LossHead | None:
