@@ -26,6 +26,7 @@ from lora_kit.turns import Rendering, StopWords, Talk, Turn
 from lora_kit.types import Conversation, Example
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_TOKENS_AT_ONCE = 4_000_000
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 TOOL_PROMPT = (
@@ -116,10 +117,13 @@ def check_stops(tokenizer, tokens: numpy.ndarray, mask: numpy.ndarray) -> None:
 
     The turns' ends may have been cut off (``data.too_long: cut_end``): a model trained so would not learn to stop.
     """
-    trained = numpy.unique(numpy.asarray(tokens)[numpy.asarray(mask) == 1])
-    if tokenizer.eos_token_id not in trained and not numpy.isin(stop_token_ids(tokenizer), trained).any():
-        raise RecipeError("data.stop_tokens", "no stop token would be trained on, so the model would not learn to stop",
-                          "raise data.max_tokens when ends are cut off, or set data.stop_tokens: optional")
+    stops = {tokenizer.eos_token_id, *stop_token_ids(tokenizer)} - {None}
+    for start in range(0, len(tokens), _TOKENS_AT_ONCE):  # they may be larger than memory
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        if numpy.isin(tokens[part][mask[part] == 1], list(stops)).any():
+            return
+    raise RecipeError("data.stop_tokens", "no stop token would be trained on, so the model would not learn to stop",
+                      "raise data.max_tokens when ends are cut off, or set data.stop_tokens: optional")
 
 
 def count_tokens(tokenizer, conversation: Conversation, *, tools_mode: str = "template") -> int:

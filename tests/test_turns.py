@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import numpy
 import pytest
 
 from lora_kit import chat, events
@@ -456,6 +457,23 @@ def test_a_conversation_cut_before_every_stop_token_is_an_error(tokenizer_of):
     chat.check_stops(tokenizer, example.tokens_T, example.loss_mask_T)
     with pytest.raises(RecipeError, match="data.stop_tokens: no stop token would be trained on, so the"):
         chat.check_stops(tokenizer, example.tokens_T[:-2], example.loss_mask_T[:-2])
+
+
+def test_stop_tokens_are_looked_for_a_slice_at_a_time(tokenizer_of, monkeypatch):
+    """The files may be larger than memory: of 8 million tokens, no more than a slice's share is held."""
+    import tracemalloc
+
+    tokenizer = tokenizer_of("gemma")
+    monkeypatch.setattr(chat, "_TOKENS_AT_ONCE", 100_000)
+    tokens_T, mask_T = numpy.full(8_000_000, 5, numpy.int32), numpy.ones(8_000_000, numpy.uint8)
+    tokens_T[-1] = tokenizer.eos_token_id
+    chat.stop_token_ids(tokenizer)  # what it renders is not counted
+    tracemalloc.start()
+    try:
+        chat.check_stops(tokenizer, tokens_T, mask_T)
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_longest_special_token_at_a_place_is_found():
