@@ -28,3 +28,16 @@ def test_losses_against_trl(tmp_path):
     figures, _ = quick("losses_against_trl.py", tmp_path)
     assert len(figures["lora_kit"]) == len(figures["trl"]) == 6 and figures["largest_difference"] < 1e-4
     assert figures["lora_kit"][0] > figures["lora_kit"][-1]
+
+
+def test_train_speed(tmp_path):
+    figures, printed = quick("train_speed.py", tmp_path)
+    rows = {row["role"]: row for row in figures["threads"]["1"]["contestants"]}
+    assert {"lora-kit", "defaults", "best", "hf"} <= set(rows) and not any("died" in row for row in rows.values())
+    # The same rows in the same order, from the same first values: losses say it, where all is fp32.
+    assert all(rows[role]["loss_distance"] < 1e-5 for role in ("lora-kit", "best", "hf"))
+    for key in ("tokens_of_steps", "trained_tokens_of_steps"):
+        assert len({tuple(row[key]) for row in rows.values()}) == 1
+    assert all(row["peak_memory_bytes"] > 100e6 and row["useful_tokens_per_second"] > 0 for row in rows.values())
+    assert rows["best"]["settings"] == "fp32+padding-free"
+    assert [entry["met"] for entry in figures["claims"]] == [True] and "| TRL, its defaults " in printed
