@@ -18,6 +18,9 @@ from lora_kit.units import number_text
 _NOUNS = {"linear": "linear layers", "mlp": "MLPs", "norm": "norms", "attention": "attention layers",
           "loss": "output layer", "prefix": "layers with a shared prefix"}
 
+_ROWS_TO_TIME = 8
+"""Rows on whose lengths attention is timed."""
+
 
 def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, accelerator, precision: str,
             ) -> dict[str, dict[str, Any]]:
@@ -57,13 +60,15 @@ def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, a
     if is_packed:
         packed["budget"] = settings.pack_tokens or settings.micro_batch_size * recipe.data.max_tokens
     if settings.fast:
-        _use_fast(net, settings, reference, rows, is_packed, quick)
+        lengths = [examples.length(row) for row in range(min(len(examples), _ROWS_TO_TIME))]
+        _use_fast(net, settings, reference, rows, is_packed, quick, lengths)
     return {"packing": packed, "fast": quick}
 
 
-def _use_fast(net, settings: TrainSection, reference, rows: list[str], is_packed: bool, quick: dict[str, Any]) -> None:
+def _use_fast(net, settings: TrainSection, reference, rows: list[str], is_packed: bool, quick: dict[str, Any],
+              lengths: list[int]) -> None:
     parts = FAST_PARTS if "auto" in settings.fast else settings.fast
-    used = fast.use_fast(net, parts)
+    used = fast.use_fast(net, parts, lengths)
     quick["parts"] = {name: {"modules": part.num_modules, "left": part.left} for name, part in used.items()}
     if not any(part.num_modules for part in used.values()):
         quick["why_not"] = "no part of it fits this model"

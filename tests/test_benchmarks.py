@@ -41,3 +41,12 @@ def test_train_speed(tmp_path):
     assert all(row["peak_memory_bytes"] > 100e6 and row["useful_tokens_per_second"] > 0 for row in rows.values())
     assert rows["best"]["settings"] == "fp32+padding-free"
     assert [entry["met"] for entry in figures["claims"]] == [True] and "| TRL, its defaults " in printed
+
+
+def test_fast_parts(tmp_path):
+    figures, printed = quick("fast_parts.py", tmp_path)
+    assert [line["setting"] for line in figures][2:] == [f"+ {part}" for part in (
+        "attention", "linear", "mlp", "norm", "loss", "prefix")]
+    assert len({round(line["loss"], 1) for line in figures}) == 1
+    assert all(line["tokens_per_second"] > 0 for line in figures)
+    assert "to padded" in printed

@@ -121,6 +121,37 @@ def test_attention_in_blocks_of_queries_has_the_right_gradients(monkeypatch, len
         assert torch.allclose(mine, its, atol=2e-6)
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_attention_is_the_one_that_was_measured_to_be_faster(monkeypatch, faster):
+    from lora_kit.fast import attention
+
+    asked = []
+    monkeypatch.setattr(attention, "is_faster", lambda *given: asked.append(given) or faster)
+    net = random_model("llama")
+    packing.use_packing(net.get_base_model())
+    used = fast.use_fast(net, ["attention"], lengths=[5, 9])["attention"]
+    assert used.num_modules == (2 if faster else 0) and asked[0][:3] == (4, 2, 16) and asked[0][4] == (5, 9)
+    assert net.get_base_model().config._attn_implementation == (attention.NAME if faster else packing.PER_DOCUMENT)
+
+
+def test_attention_is_timed_against_torchs_own(monkeypatch):
+    import time
+
+    import torch
+
+    from lora_kit.fast import attention
+
+    def slow(*given, **options):
+        time.sleep(0.05)
+        return packing.attend_per_document(*given, **options)
+
+    quick = attention.attend
+    for ours, theirs, wanted in ((quick, slow, True), (slow, packing.attend_per_document, False)):
+        monkeypatch.setattr(attention, "attend", ours)
+        monkeypatch.setattr(attention, "attend_per_document", theirs)
+        assert attention.is_faster(4, 2, 8, torch.float32, (5, 9)) is wanted
+
+
 def test_small_updates_survive_in_bf16():
     """What rounding keeps of a LoRA's first steps: nearly all here, next to nothing in peft's own order."""
     import torch

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import numpy as np
 import numpy
+import numpy as np
 import pytest
 
 from lora_kit import chat, events

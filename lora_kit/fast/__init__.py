@@ -7,7 +7,8 @@ state stay what they are, and :func:`stop_fast` takes it back. Each part has a n
 * ``linear``: a linear layer and its LoRA as one node of autograd;
 * ``mlp``: a gated MLP as one node;
 * ``norm``: RMSNorm as one node;
-* ``attention``: attention of packed rows on a CPU as one node, its backward pass as matrix products;
+* ``attention``: attention of packed rows on a CPU as one node, its backward pass as matrix products, where that
+  is the faster way;
 * ``loss``: head and cross-entropy in slices;
 * ``prefix``: tokens that all rows of a pass begin with, such as a system prompt, are computed once
   (``packing.packed_batch_of`` makes such batches when it is asked to).
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from lora_kit.fast import attention, head, linear, mlp, norm
 from lora_kit.packing import PER_DOCUMENT
@@ -34,13 +36,14 @@ class Part:
     left: dict[str, int] = field(default_factory=dict)
 
 
-def use_fast(net, parts: Sequence[str]) -> dict[str, Part]:
+def use_fast(net, parts: Sequence[str], lengths: Sequence[int] = ()) -> dict[str, Part]:
     """Prepare ``net`` (peft's model around one of transformers, not wrapped) with ``parts``; what each did.
 
-    ``attention`` wants packing to be in use already (:func:`lora_kit.packing.use_packing`).
+    ``attention`` wants packing to be in use already (:func:`lora_kit.packing.use_packing`). It is used where it
+    is faster than torch's own kernels on rows of ``lengths`` tokens, which is measured; without lengths it is used.
     """
-    prepare = {"linear": _linear, "mlp": _mlp, "norm": _norm, "attention": _attention, "loss": _loss,
-               "prefix": _prefix}
+    prepare = {"linear": _linear, "mlp": _mlp, "norm": _norm, "loss": _loss, "prefix": _prefix,
+               "attention": partial(_attention, lengths=tuple(lengths))}
     plain = net.get_base_model()
     return {name: prepare[name](plain) for name in parts}
 
@@ -94,13 +97,19 @@ def _norm(plain) -> Part:
     return _served([module for module in plain.modules() if norm.is_candidate(module)], norm.RMSNorm, norm.prepare)
 
 
-def _attention(plain) -> Part:
+def _attention(plain, lengths: tuple[int, ...]) -> Part:
     config = plain.config.get_text_config()
     layers = getattr(config, "num_hidden_layers", 1)
     if config._attn_implementation != PER_DOCUMENT:
         return Part(0, {"rows are not packed for sdpa": layers})
     if next(plain.parameters()).device.type != "cpu":
         return Part(0, {"the device has kernels of its own": layers})
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dtype = plain.get_input_embeddings().weight.dtype
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if lengths and not attention.is_faster(heads, groups, size, dtype, lengths):
+        return Part(0, {"torch's own kernels are faster here, as measured": layers})
     from transformers import AttentionInterface
 
     AttentionInterface.register(attention.NAME, attention.attend)
