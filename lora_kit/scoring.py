@@ -113,7 +113,8 @@ class _Subject:
             loss, num_trained = trained_loss(engine, example)
             error = "no trained token" if not num_trained else None if math.isfinite(loss) else f"the loss is {loss}"
             score = ItemScore(item_id=f"{example.origin} [{row}]", score=None if error else loss / num_trained,
-                              cluster=example.origin, reason=f"{num_trained} trained tokens", error=error)
+                              cluster=example.origin, reason=f"{num_trained} trained tokens", error=error,
+                              prompt=engine.tokenizer.decode(example.tokens_T.tolist()))
             scored.append({"task": task, "metric": LOSS, **score.as_dict(), "weight": max(num_trained, 1)})
         return scored
 
