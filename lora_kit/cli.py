@@ -263,18 +263,23 @@ def eval_compare(
                                           "task.")] = 3,
     json_: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - is the output.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write it as Markdown; - is the output.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to browse the items with.")] = None,
     debug: DebugOption = False,
 ) -> None:
     """Compare two evaluations over the items that both have: what got better, what got worse."""
     import json
 
-    from lora_kit import comparison, rundir, scored
+    from lora_kit import paired, report_items, rundir, scored
     from lora_kit.report_document import to_markdown
 
-    compared = comparison.compare(scored.find(before), scored.find(after), num_examples=examples)
+    a, b = scored.find(before), scored.find(after)
+    compared = paired.compare(a, b, num_examples=examples)
     quiet = False
+    if html is not None:
+        with rundir.writing(html):
+            rundir.write_text(html, report_items.comparison_page(compared, a, b))
     for path, text in ((json_, json.dumps(compared, indent=1, ensure_ascii=False) + "\n"),
-                       (markdown, to_markdown(comparison.document(compared)))):
+                       (markdown, to_markdown(paired.document(compared)))):
         if path == Path("-"):
             typer.echo(text, nl=False)
             quiet = True
@@ -283,10 +288,10 @@ def eval_compare(
                 rundir.write_text(path, text)
     if quiet:
         return
-    _terminal.table(f"A {compared['a']['label']}, B {compared['b']['label']}", comparison.COLUMNS,
-                    comparison.rows(compared))
-    typer.echo(f"\n{comparison.NOTE}")
-    for line in comparison.example_lines(compared):
+    _terminal.table(f"A {compared['a']['label']}, B {compared['b']['label']}", paired.COLUMNS,
+                    paired.rows(compared))
+    typer.echo(f"\n{paired.NOTE}")
+    for line in paired.example_lines(compared):
         typer.echo(line if line.startswith(" ") else f"\n{line}")
 
 

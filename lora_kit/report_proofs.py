@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora_kit import report_items
 from lora_kit.recipe import QuantizeForm
 from lora_kit.report_document import (
     Block,
     Cell,
+    Link,
     Paragraph,
     Sample,
     Section,
@@ -146,6 +148,8 @@ def quality(found: Findings) -> Section:
         blocks.append(Paragraph(text=f"No scores: {found.why_missing('eval')}.", tone="missing"))
         return Section(anchor="quality", title="Quality", blocks=blocks)
     blocks += _stage_verdicts(found, "eval")
+    if found.answered:
+        blocks.append(Link(text="Browse the items by task, verdict and change", target=report_items.FILE))
     units = scores.get("units") or {}
     if scores.get("scores"):
         blocks.append(Table(
