@@ -248,10 +248,18 @@ def bench(
 @app.command(name="eval")
 def eval_(
     target: RunArgument = None, runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write the gates as JUnit XML, a test case for each.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Score the artifacts of a run with its suite and decide its gates."""
-    _do_stage("eval", target, runs, no_deps, again)
+    from lora_kit import junit as junit_file
+    from lora_kit import rundir
+
+    opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
+    with junit_file.reporting(junit, opened):
+        _do_stage("eval", opened.path, runs, no_deps, again)
 
 
 @app.command(name="eval compare")
