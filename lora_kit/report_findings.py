@@ -72,6 +72,8 @@ class Findings:
         """Outcomes of the verdicts about an artifact: of its certificate, and of the gates that name it."""
         certificate = self.merge_certificate if name == "merged" else self.certificates.get(name)
         found = [verdict["outcome"] for verdict in (certificate or {}).get("verdicts", ())]
+        found += [check["outcome"] for check in (self.scores or {}).get("checks", ())
+                  if check["artifact"] == name and check["outcome"] == "FAIL"]
         for verdict in (self.scores or {}).get("verdicts", ()):
             subject = re.search(r": (\S+) (?:no worse|better) than ", verdict["claim"])
             if subject and subject[1] == name:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy
 
-from lora_kit import chat, items, metrics, tokens
+from lora_kit import chat, items, metrics, template_check, tokens
 from lora_kit.engines import open_engine
 from lora_kit.errors import DataError, MachineError, RecipeError
 from lora_kit.rundir import writing
@@ -34,6 +34,7 @@ SAMPLED = ("base", "merged")
 def score_artifact(
     *, artifact: dict[str, Any], tasks: list[dict[str, Any]], data_dir: str, work_dir: str, tools_mode: str,
     samples: list[dict[str, Any]], sample_tokens: int, threads: int | None, limit: int | None, seed: int, strict: bool,
+    training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Load ``artifact`` in this process and score it on every task.
 
@@ -42,13 +43,16 @@ def score_artifact(
         work_dir: the stage's folder with ``items/``; ``<subject>/items.jsonl`` is written into it.
         samples: prompts (``messages``, ``tools``) that the base and the merged model answer.
         strict: raise when an engine is missing, in place of listing the task as not measured.
+        training: the tokenizer of training as ``template_check.check`` takes it; None leaves that check out.
 
     Returns:
-        ``engines`` (task: engine's name), ``not_measured`` ([{artifact, task, why}]) and ``samples``
-        ([{text, stopped, num_tokens} or {error}], or None).
+        ``engines`` (task: engine's name), ``not_measured`` ([{artifact, task, why}]), ``samples``
+        ([{text, stopped, num_tokens} or {error}], or None) and ``check`` (of template, BOS and stop tokens, or None).
     """
     subject = _Subject(Artifact(**artifact), tools_mode, threads)
-    work, found = Path(work_dir), {"engines": {}, "not_measured": [], "samples": None}
+    work, found = Path(work_dir), {"engines": {}, "not_measured": [], "samples": None, "check": None}
+    if training:
+        found["check"] = template_check.check(subject.artifact, training)
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
     try:
         for task in tasks:

@@ -31,6 +31,7 @@ class FakeRun:
     def __init__(self, path: Path, artifacts: dict[str, Artifact]) -> None:
         self.path, self._artifacts = path, artifacts
         self.recipe_file = SimpleNamespace(folder=path)
+        self.resolved = {}
 
     def stage_dir(self, stage: str) -> Path:
         return self.path / stage

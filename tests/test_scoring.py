@@ -77,7 +77,7 @@ def test_only_trained_positions_are_asked_of_a_model_that_may_compute_in_fp32(ar
     opened = []
 
     class Engine:
-        name = "fake"
+        name, tokenizer = "fake", chat.load_tokenizer(artifact.path)
 
         def token_log_probs(self, tokens_T, positions_K):
             return numpy.full(len(positions_K), -0.5, numpy.float32)
