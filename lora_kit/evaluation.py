@@ -20,19 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_kit import eval_checks, events, gates, isolate, items, metrics, rows, template_check, tokens
+from lora_kit import eval_checks, events, gates, isolate, items, rows, template_check, tokens
 from lora_kit.errors import MachineError
 from lora_kit.formats import UnusableRow
 from lora_kit.recipe import Recipe
 from lora_kit.rundir import Run, write_json, writing
-from lora_kit.suite import FEWSHOT, LOSS, GenerateTask, Suite, suite_of
+from lora_kit.suite import FEWSHOT, LOSS, HeldOutLossTask, Suite, suite_of
 from lora_kit.types import Artifact, Conversation, Result, TaskScore, Verdict
 from lora_kit.units import number_text
 
 FORMAT = 1
 """Version of ``scores.json`` and ``samples.json``."""
-UNITS = {LOSS: "nats per trained token"}
-"""Unit of a metric's value; every other metric lies between 0 and 1."""
 _SHOWN = ("base", FEWSHOT, "merged")
 
 Scored = dict[str, dict[tuple[str, str], list[dict[str, Any]]]]
@@ -82,7 +80,7 @@ def _write_items(suite: Suite, recipe: Recipe, folder: Path, data_dir: Path, hel
     asked = {}
     for task in suite.tasks:
         about = {"kind": task.spec.kind, "description": task.spec.description, "metrics": task.metrics}
-        if isinstance(task.spec, GenerateTask):
+        if not isinstance(task.spec, HeldOutLossTask):
             made = items.make_items(task, recipe, folder, held_out)
             write_json(items_dir / f"{task.name}.json",
                        {"items": [item.as_dict() for item in made.items], "examples": made.examples})
@@ -149,8 +147,7 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples
                    data_dir: Path, overlap_dropped: bool) -> Result:
     """Scores, differences and verdicts from every artifact's items.jsonl, written and told."""
     scored: Scored = {name: _read_scored(work / name / "items.jsonl") for name in _subjects(suite, outcomes)}
-    higher = {(task.name, metric): metric != LOSS and metrics.load(metric).HIGHER_IS_BETTER
-              for task in suite.tasks for metric in task.metrics}
+    higher = {(task.name, metric): task.higher_is_better(metric) for task in suite.tasks for metric in task.metrics}
     scores = [gates.task_score(lines, task=task, artifact=name, metric=metric, higher_is_better=higher[task, metric])
               for name, by_metric in scored.items() for (task, metric), lines in by_metric.items()]
     not_measured = [entry for outcome in outcomes.values() for entry in outcome["not_measured"]]
@@ -178,7 +175,7 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples
         })
     write_json(work / "scores.json", {
         "format": FORMAT, **figures, "tasks": asked,
-        "units": {metric: UNITS.get(metric, "0 to 1") for _, metric in higher},
+        "units": {metric: task.unit(metric) for task in suite.tasks for metric in task.metrics},
         "verdicts": [verdict.as_dict() for verdict in (*verdicts, *_failed(checks))],
         "seconds": {name: outcome["seconds"] for name, outcome in outcomes.items()},
     })

@@ -3,8 +3,9 @@
 ``evaluation.py`` calls :func:`score_artifact` in a fresh process for each artifact. Answers
 are greedy; a metric of ``metrics/`` scores them through ``evaluate``. Held-out loss is the
 negative log-probability of the trained tokens, row by row, summed in float64 from the
-engine's float32 log-probabilities. Engines compute in the type that is fastest for the
-stored weights (``dtype="fastest"`` of ``open_engine``).
+engine's float32 log-probabilities; bits per byte of a text are the same over all of its tokens.
+Engines compute in the type that is fastest for the stored weights (``dtype="fastest"`` of
+``open_engine``).
 
 Shape suffixes: T tokens, K trained positions. Reads the artifact, the data stage's held-out
 tokens and ``items/*.json``; writes ``<subject>/items.jsonl``.
@@ -24,7 +25,7 @@ from lora_kit import chat, items, metrics, template_check, tokens
 from lora_kit.engines import open_engine
 from lora_kit.errors import DataError, MachineError, RecipeError
 from lora_kit.rundir import writing
-from lora_kit.suite import FEWSHOT, KINDS, LOSS, GenerateTask, HeldOutLossTask
+from lora_kit.suite import BITS, FEWSHOT, KINDS, LOSS, GenerateTask, HeldOutLossTask, TextTask
 from lora_kit.types import Artifact, Example, ItemScore
 
 SAMPLED = ("base", "merged")
@@ -62,7 +63,10 @@ def score_artifact(
                     lines[subject.name] += subject.held_out_loss(name, Path(data_dir), limit, seed)
                 else:
                     asked = json.loads((work / "items" / f"{name}.json").read_text(encoding="utf-8"))
-                    lines[subject.name] += subject.answers(name, spec, asked["items"], [])
+                    if isinstance(spec, TextTask):
+                        lines[subject.name] += subject.texts(name, asked["items"])
+                    else:
+                        lines[subject.name] += subject.answers(name, spec, asked["items"], [])
                     if subject.name == "base" and asked["examples"]:
                         lines[FEWSHOT] += subject.answers(name, spec, asked["items"], asked["examples"])
                 found["engines"][name] = subject.last_engine
@@ -120,6 +124,26 @@ class _Subject:
                               cluster=example.origin, reason=f"{num_trained} trained tokens", error=error,
                               prompt=engine.tokenizer.decode(example.tokens_T.tolist()))
             scored.append({"task": task, "metric": LOSS, **score.as_dict(), "weight": max(num_trained, 1)})
+        return scored
+
+    def texts(self, task: str, asked: list[dict]) -> list[dict[str, Any]]:
+        """Bits per byte of each text after the token that texts begin with, weighted by its bytes."""
+        engine, scored = self.engine(generates=False), []
+        tokenizer = engine.tokenizer
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        for item in asked:
+            text = item["target"]
+            tokens_T = numpy.array([first, *tokenizer(text, add_special_tokens=False)["input_ids"]], numpy.int64)
+            num_bytes, bits, error = len(text.encode()), math.nan, None
+            if self.max_tokens and len(tokens_T) > self.max_tokens:
+                error = f"a text of {len(tokens_T)} tokens does not fit into {self.max_tokens}"
+            else:
+                chosen_K = engine.token_log_probs(tokens_T, numpy.arange(1, len(tokens_T)))
+                bits = -float(chosen_K.sum(dtype=numpy.float64)) / math.log(2)
+                error = None if math.isfinite(bits) else f"its log-probability is {-bits}"
+            score = ItemScore(item_id=item["item_id"], score=None if error else bits / num_bytes, prompt=text,
+                              cluster=item["cluster"], reason=f"{num_bytes} bytes", error=error)
+            scored.append({"task": task, "metric": BITS, **score.as_dict(), "weight": num_bytes})
         return scored
 
     def answers(self, task: str, spec: GenerateTask, asked: list[dict], examples: list[dict]) -> list[dict[str, Any]]:
