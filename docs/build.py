@@ -57,9 +57,14 @@ def verbs() -> dict[str, str]:
     return {name: " ".join((command.help or "").split()) for name, command in commands.items()}
 
 
+def page_of(verb: str) -> str:
+    """The page of a verb: one of two words is told on that of its first."""
+    return f"{verb.partition(' ')[0]}.md"
+
+
 def verb_table(folder: str) -> str:
     """The verbs with their summaries; ``folder`` leads from the page to docs/."""
-    rows = [f"| [`{name}`]({folder}{name}.md) | {summary} |" for name, summary in verbs().items()]
+    rows = [f"| [`{name}`]({folder}{page_of(name)}) | {summary} |" for name, summary in verbs().items()]
     return "\n".join(["| verb | what it does |", "|---|---|", *rows])
 
 
@@ -67,7 +72,7 @@ def command_line() -> str:
     """docs/cli.md."""
     parts = [_CLI, usage(), "\n## Exit codes\n", reference.exit_code_table(), ""]
     for name in verbs():
-        parts.append(f"## {name}\n\n[What it does, reads and writes]({name}.md).\n\n{usage(name)}\n")
+        parts.append(f"## {name}\n\n[What it does, reads and writes]({page_of(name)}).\n\n{usage(name)}\n")
     return "\n".join(parts)
 
 

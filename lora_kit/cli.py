@@ -12,9 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+
+class _Verbs(TyperGroup):
+    """The verbs; those of two words, such as ``eval compare``, stand beside the verb that they begin with."""
+
+    def resolve_command(self, ctx, args):
+        if " ".join(args[:2]) in self.commands:
+            args = [" ".join(args[:2]), *args[2:]]
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(
-    name="lora-kit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    cls=_Verbs, name="lora-kit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
     help="One recipe in, a fine-tuned model you can trust out.",
 )
@@ -237,10 +248,59 @@ def bench(
 @app.command(name="eval")
 def eval_(
     target: RunArgument = None, runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write the gates as JUnit XML, a test case for each.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Score the artifacts of a run with its suite and decide its gates."""
-    _do_stage("eval", target, runs, no_deps, again)
+    from lora_kit import junit as junit_file
+    from lora_kit import rundir
+
+    opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
+    with junit_file.reporting(junit, opened):
+        _do_stage("eval", opened.path, runs, no_deps, again)
+
+
+@app.command(name="eval compare")
+def eval_compare(
+    before: Annotated[str, typer.Argument(metavar="A", show_default=False, help="What was there before: a run (its "
+                                          "merged model), RUN/ARTIFACT, its eval folder, or an items.jsonl.")],
+    after: Annotated[str, typer.Argument(metavar="B", show_default=False, help="What is to be judged, named alike.")],
+    examples: Annotated[int, typer.Option(min=0, metavar="N", help="Items to show that got worse, and better, of each "
+                                          "task.")] = 3,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - is the output.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write it as Markdown; - is the output.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to browse the items with.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Compare two evaluations over the items that both have: what got better, what got worse."""
+    import json
+
+    from lora_kit import paired, report_items, rundir, scored
+    from lora_kit.report_document import to_markdown
+
+    a, b = scored.find(before), scored.find(after)
+    compared = paired.compare(a, b, num_examples=examples)
+    quiet = False
+    if html is not None:
+        with rundir.writing(html):
+            rundir.write_text(html, report_items.comparison_page(compared, a, b))
+    for path, text in ((json_, json.dumps(compared, indent=1, ensure_ascii=False) + "\n"),
+                       (markdown, to_markdown(paired.document(compared)))):
+        if path == Path("-"):
+            typer.echo(text, nl=False)
+            quiet = True
+        elif path is not None:
+            with rundir.writing(path):
+                rundir.write_text(path, text)
+    if quiet:
+        return
+    _terminal.table(f"A {compared['a']['label']}, B {compared['b']['label']}", paired.COLUMNS,
+                    paired.rows(compared))
+    typer.echo(f"\n{paired.NOTE}")
+    for line in paired.example_lines(compared):
+        typer.echo(line if line.startswith(" ") else f"\n{line}")
 
 
 _stage_verb("report", "Write the report of a run: one HTML page and one Markdown file.")

@@ -3,7 +3,9 @@
 Every artifact answers the same items, made once (``items.py``), in a fresh process of its
 own (``scoring.py``); with the base also goes ``base-fewshot``, the base with examples in
 its prompt. Scores come with intervals, differences are paired over items, gates become
-verdicts (``gates.py``). What cannot run here is listed as not measured, with the reason.
+verdicts (``gates.py``). What cannot run here is listed as not measured, with the reason. Each artifact's
+template, BOS and stop tokens are held to training's (``template_check.py``): others are a FAIL. Scores of the items
+that overlap no training row stand beside the whole (``eval_checks.py``).
 
 Reads the data stage's folder, the run's artifacts and the suite. Writes, into the stage's
 folder: ``items/<task>.json`` (the questions), ``<artifact>/items.jsonl`` and
@@ -18,19 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_kit import events, gates, isolate, items, metrics, rows, tokens
+from lora_kit import eval_checks, events, gates, isolate, items, rows, template_check, tokens
 from lora_kit.errors import MachineError
 from lora_kit.formats import UnusableRow
 from lora_kit.recipe import Recipe
 from lora_kit.rundir import Run, write_json, writing
-from lora_kit.suite import FEWSHOT, LOSS, GenerateTask, Suite, suite_of
+from lora_kit.suite import FEWSHOT, LOSS, HeldOutLossTask, Suite, suite_of
 from lora_kit.types import Artifact, Conversation, Result, TaskScore, Verdict
 from lora_kit.units import number_text
 
 FORMAT = 1
 """Version of ``scores.json`` and ``samples.json``."""
-UNITS = {LOSS: "nats per trained token"}
-"""Unit of a metric's value; every other metric lies between 0 and 1."""
 _SHOWN = ("base", FEWSHOT, "merged")
 
 Scored = dict[str, dict[tuple[str, str], list[dict[str, Any]]]]
@@ -57,10 +57,17 @@ def stage(recipe: Recipe, run: Run) -> Result:
     for index, artifact in enumerate(artifacts):
         events.tell(events.Progress(stage="eval", done=index, total=len(artifacts), unit="artifact",
                                     fields={"scoring": artifact.name}))
-        outcomes[artifact.name] = _score_apart(artifact, suite, recipe, samples, data_dir, work)
+        outcomes[artifact.name] = _score_apart(artifact, suite, recipe, samples, data_dir, work, _training(run))
     events.tell(events.Progress(stage="eval", done=len(artifacts), total=len(artifacts), unit="artifact"))
     with writing(work):
-        return _write_results(suite, asked, outcomes, samples, work)
+        return _write_results(suite, asked, outcomes, samples, work, data_dir, recipe.data.overlap == "drop")
+
+
+def _training(run: Run) -> dict[str, Any] | None:
+    """The tokenizer that training used, as the run recorded it."""
+    base = run.resolved.get("base") or {}
+    folder = (base.get("artifact") or {}).get("tokenizer")
+    return {"tokenizer": folder, "content": base.get("content")} if folder else None
 
 
 # ---- what is asked ----------------------------------------------------------------------
@@ -73,7 +80,7 @@ def _write_items(suite: Suite, recipe: Recipe, folder: Path, data_dir: Path, hel
     asked = {}
     for task in suite.tasks:
         about = {"kind": task.spec.kind, "description": task.spec.description, "metrics": task.metrics}
-        if isinstance(task.spec, GenerateTask):
+        if not isinstance(task.spec, HeldOutLossTask):
             made = items.make_items(task, recipe, folder, held_out)
             write_json(items_dir / f"{task.name}.json",
                        {"items": [item.as_dict() for item in made.items], "examples": made.examples})
@@ -111,7 +118,7 @@ def _sample_prompts(held_out: list[Conversation], number: int) -> list[dict[str,
 
 
 def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list[dict], data_dir: Path,
-                 work: Path) -> dict[str, Any]:
+                 work: Path, training: dict[str, Any] | None) -> dict[str, Any]:
     """What ``scoring.score_artifact`` says in a fresh process, with its cost; nothing measured when it cannot run."""
     # A default artifact may be one that this machine cannot run; one that the recipe names has to.
     strict = bool(recipe.eval.artifacts)
@@ -120,26 +127,27 @@ def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list
         "tasks": [{"name": task.name, "spec": task.spec.model_dump(mode="json")} for task in suite.tasks],
         "data_dir": str(data_dir), "work_dir": str(work), "tools_mode": recipe.data.tools, "samples": samples,
         "sample_tokens": recipe.eval.sample_tokens, "threads": recipe.eval.threads, "limit": recipe.eval.limit,
-        "seed": recipe.seed, "strict": strict,
+        "seed": recipe.seed, "strict": strict, "training": training,
     }
     try:
         done = isolate.call("lora_kit.scoring:score_artifact", arguments, threads=recipe.eval.threads)
     except MachineError as error:
         if strict:
             raise
-        return {"engines": {}, "samples": None, "seconds": None, "peak_memory_bytes": None, "not_measured": [
-            {"artifact": artifact.name, "task": task.name, "why": str(error)} for task in suite.tasks]}
+        not_measured = [{"artifact": artifact.name, "task": task.name, "why": str(error)} for task in suite.tasks]
+        return {"engines": {}, "samples": None, "check": None, "seconds": None, "peak_memory_bytes": None,
+                "not_measured": not_measured}
     return {**done.value, "seconds": done.seconds, "peak_memory_bytes": done.peak_memory_bytes}
 
 
 # ---- what it proves ---------------------------------------------------------------------
 
 
-def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples: list[dict], work: Path) -> Result:
+def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples: list[dict], work: Path,
+                   data_dir: Path, overlap_dropped: bool) -> Result:
     """Scores, differences and verdicts from every artifact's items.jsonl, written and told."""
     scored: Scored = {name: _read_scored(work / name / "items.jsonl") for name in _subjects(suite, outcomes)}
-    higher = {(task.name, metric): metric != LOSS and metrics.load(metric).HIGHER_IS_BETTER
-              for task in suite.tasks for metric in task.metrics}
+    higher = {(task.name, metric): task.higher_is_better(metric) for task in suite.tasks for metric in task.metrics}
     scores = [gates.task_score(lines, task=task, artifact=name, metric=metric, higher_is_better=higher[task, metric])
               for name, by_metric in scored.items() for (task, metric), lines in by_metric.items()]
     not_measured = [entry for outcome in outcomes.values() for entry in outcome["not_measured"]]
@@ -151,8 +159,11 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples
         for task, metric, name, baseline in _pairs(suite, scored)}
     verdicts = [gates.decide(gate, compared.get((gate.task, gate.metric, gate.artifact, gate.baseline)),
                              _why_not_compared(gate, not_measured)) for gate in suite.gates]
+    checks = [outcome["check"] for outcome in outcomes.values() if outcome["check"]]
+    overlap = eval_checks.overlap_of(suite, scored, data_dir, drops=overlap_dropped)
     figures = {"suite": suite.name, "scores": [score.as_dict() for score in scores],
-               "differences": list(compared.values()), "not_measured": not_measured}
+               "differences": list(compared.values()), "not_measured": not_measured, "checks": checks,
+               "overlap": overlap, "clean": eval_checks.clean_scores(overlap, scored, higher)}
     for name in scored:
         outcome = outcomes["base" if name == FEWSHOT else name]
         (work / name).mkdir(exist_ok=True)
@@ -164,8 +175,8 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples
         })
     write_json(work / "scores.json", {
         "format": FORMAT, **figures, "tasks": asked,
-        "units": {metric: UNITS.get(metric, "0 to 1") for _, metric in higher},
-        "verdicts": [verdict.as_dict() for verdict in verdicts],
+        "units": {metric: task.unit(metric) for task in suite.tasks for metric in task.metrics},
+        "verdicts": [verdict.as_dict() for verdict in (*verdicts, *_failed(checks))],
         "seconds": {name: outcome["seconds"] for name, outcome in outcomes.items()},
     })
     answered = {name: outcome["samples"] for name, outcome in outcomes.items() if outcome["samples"]}
@@ -175,7 +186,28 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples
     for why, names in _grouped(not_measured).items():
         events.tell(events.Caution(text=f"not measured: {', '.join(names)}: {why}"))
     events.tell(_as_table(scores, list(compared.values())))
-    return Result(summary=_summary(suite, scores, verdicts), verdicts=tuple(verdicts), figures=figures)
+    _tell_checks(figures)
+    return Result(summary=_summary(suite, scores, verdicts), verdicts=(*verdicts, *_failed(checks)), figures=figures)
+
+
+def _failed(checks: list[dict[str, str]]) -> list[Verdict]:
+    """A verdict for each artifact that is asked in another way than it was trained."""
+    return [Verdict(outcome="FAIL", claim=f"{check['artifact']}: {template_check.CLAIM}", evidence=check["evidence"])
+            for check in checks if check["outcome"] == "FAIL"]
+
+
+def _tell_checks(figures: dict[str, Any]) -> None:
+    same = [check["artifact"] for check in figures["checks"] if check["outcome"] == "PASS"]
+    if same:
+        events.tell(events.Note(text=f"{template_check.CLAIM}: {', '.join(same)}"))
+    for verdict in _failed(figures["checks"]):
+        events.tell(events.Caution(text=f"FAIL: {verdict.claim}: {verdict.evidence}"))
+    if text := eval_checks.overlap_text(figures["overlap"]):
+        events.tell(events.Note(text=text))
+    if figures["clean"]:
+        events.tell(events.Table(title="Without the items that overlap training rows",
+                                 columns=eval_checks.CLEAN_COLUMNS,
+                                 rows=eval_checks.clean_rows(figures["clean"], figures["scores"])))
 
 
 def _subjects(suite: Suite, outcomes: dict[str, dict]) -> Iterator[str]:

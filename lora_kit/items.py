@@ -20,7 +20,7 @@ from lora_kit import prepared, rows
 from lora_kit.errors import DataError
 from lora_kit.formats import UnusableRow
 from lora_kit.recipe import DataSource, Recipe
-from lora_kit.suite import GenerateTask, Task
+from lora_kit.suite import GenerateTask, Task, TextTask
 from lora_kit.types import Conversation, Message
 
 HELD_OUT = "held_out"
@@ -57,7 +57,7 @@ class Items:
 
 
 def make_items(task: Task, recipe: Recipe, relative_to: Path, held_out: list[Conversation]) -> Items:
-    """The items of a ``generate`` task.
+    """The items of a ``generate`` or ``text`` task; of the latter, ``target`` is the text and nothing is asked.
 
     Args:
         relative_to: the recipe's folder.
@@ -67,6 +67,8 @@ def make_items(task: Task, recipe: Recipe, relative_to: Path, held_out: list[Con
         DataError: no row is usable, or a row lacks a key that the task names.
     """
     spec = task.spec
+    if isinstance(spec, TextTask):
+        return _texts(task, spec, recipe)
     assert isinstance(spec, GenerateTask)
     made, unusable, num_rows = [], Counter(), 0
     names_of: list[set[str]] = []
@@ -94,6 +96,45 @@ def make_items(task: Task, recipe: Recipe, relative_to: Path, held_out: list[Con
         examples = training.examples(spec.num_fewshot, f"{recipe.seed} {task.name} examples", with_tools=with_tools)
     return Items(items=drawn, examples=examples, num_rows=num_rows, num_left_out=len(made) - len(kept),
                  num_not_drawn=len(kept) - len(drawn), unusable=dict(unusable))
+
+
+def _texts(task: Task, spec: TextTask, recipe: Recipe) -> Items:
+    """The texts of a ``text`` task, cut to its longest and drawn."""
+    made, unusable, num_rows, too_short = [], Counter(), 0, 0
+    source = spec.data
+    if spec.text and not source.format and not source.source.startswith("python:"):
+        source = source.model_copy(update={"format": "text"})  # a key is read, whatever else the rows have
+    for origin, record, read in rows.rows_of(source, prepared.resolve_source(source, task.folder)):
+        num_rows += 1
+        try:
+            text = _value(record, spec.text, origin) if spec.text else \
+                "\n".join(message.content or "" for message in read(record, origin).messages)
+        except UnusableRow as problem:
+            unusable[problem.reason] += 1
+            continue
+        text = _cut(_text(text).strip(), spec.max_chars)
+        if len(text) < spec.min_chars:
+            too_short += 1
+            continue
+        cluster = origin.rpartition(":")[0] if spec.cluster_by == "file" else origin
+        made.append(Item(item_id=origin, cluster=cluster, messages=[], tools=[], target=text, inputs={}))
+    if not made:
+        raise DataError(f"task {task.name}", f"none of its {num_rows} rows has a text of {spec.min_chars} characters",
+                        "lower min_chars, or check its source")
+    made = _with_own_ids(made)
+    limits = [limit for limit in (spec.limit, recipe.eval.limit) if limit]
+    drawn = draw(made, min(limits, default=None), f"{recipe.seed} {task.name}")
+    return Items(items=drawn, num_rows=num_rows, num_left_out=too_short, num_not_drawn=len(made) - len(drawn),
+                 unusable=dict(unusable))
+
+
+def _cut(text: str, longest: int) -> str:
+    """``text`` up to ``longest`` characters, without a word that the end would go through."""
+    if len(text) <= longest:
+        return text
+    cut = text[:longest]
+    return cut if text[longest].isspace() or not any(char.isspace() for char in cut) else \
+        cut[:max(index for index, char in enumerate(cut) if char.isspace())].rstrip()
 
 
 def draw(entries: list, limit: int | None, seed: str) -> list:

@@ -151,6 +151,8 @@ class Probes:
             numbers = [number for number, item in enumerate(self.items) if item.group == group]
             mine = [self.items[number] for number in numbers]
             overlapping = sorted((item for item in mine if item.overlaps), key=lambda item: -item.best_share)
+            alike = [self.items[number].name for number in numbers
+                     if self.items[number].overlaps or shares[number] >= THRESHOLD]
             found.append({
                 "against": group, "items": len(mine), "compared_by_ngram": sum(item.num_ngrams > 0 for item in mine),
                 "same_question": sum(item.same_question for item in mine),
@@ -159,6 +161,7 @@ class Probes:
                 "overlapping_one_row": len(overlapping), "rows": self.rows_by_group[group],
                 "examples": [{"item": item.name, "row": item.best_row, "share": round(item.best_share, 4)}
                              for item in overlapping[:_NAMED_ITEMS]],
+                "overlapping": alike,
             })
         return found
 

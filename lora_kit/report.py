@@ -1,13 +1,24 @@
 """Stage report: one page that shows what was trained, proven, measured and answered.
 
 Everything comes from the run folder; nothing is measured here. The page is composed once
-and written as HTML (one file, no script, no request) and as Markdown.
-Reads the run folder; writes ``report/index.html`` and ``report/report.md``.
+and written as HTML (one file, no script, no request) and as Markdown. Beside it lies a page to
+browse the scored items.
+Reads the run folder; writes ``report/index.html``, ``report/report.md`` and, where items were
+scored, ``report/items.html``.
 """
 
 from __future__ import annotations
 
-from lora_kit import report_costs, report_data, report_findings, report_proofs, report_sections, report_snippets
+from lora_kit import (
+    report_costs,
+    report_data,
+    report_findings,
+    report_items,
+    report_proofs,
+    report_sections,
+    report_snippets,
+    scored,
+)
 from lora_kit.recipe import Recipe
 from lora_kit.report_document import Document, to_markdown
 from lora_kit.report_findings import Findings, reference_text
@@ -29,12 +40,23 @@ def stage(recipe: Recipe, run: Run) -> Result:
     with writing(work):
         write_text(work / "index.html", to_html(document))
         write_text(work / "report.md", to_markdown(document))
+        if found.answered:
+            write_text(work / report_items.FILE, _items_page(found))
     owed = [name for name in report_findings.STAGES if name not in found.seals]
     missing = f"; not yet in it: {', '.join(owed)}" if owed else ""
     return Result(
         summary=f"{run.stage_dir('report') / 'index.html'}{missing}",
         figures={"stages": list(found.seals), "num_verdicts": len(found.verdicts())},
     )
+
+
+def _items_page(found: Findings) -> str:
+    subjects = [scored.read(path, name) for name, path in found.answered.items()]
+    names = list(found.answered)
+    return report_items.page(
+        title=f"{found.recipe.name}: items", subtitle="Every item that was scored, with what each model answered.",
+        facts=[("run", found.run_name), ("suite", (found.scores or {}).get("suite", "–"))], subjects=subjects,
+        labels=names, pairs=report_items.pairs_of(names), links=[("index.html", "The report")])
 
 
 def compose(found: Findings) -> Document:

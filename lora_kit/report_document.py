@@ -122,7 +122,15 @@ class Code:
     folded: bool = False
 
 
-Block = Paragraph | Table | Cards | Verdicts | Figure | Marked | Sample | Code
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A way to a file beside the page."""
+
+    text: str
+    target: str
+
+
+Block = Paragraph | Table | Cards | Verdicts | Figure | Marked | Sample | Code | Link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +216,8 @@ def _block_lines(block: Block) -> list[str]:
                     for line in block.lines]
         case Table():
             return _table_lines(block)
+        case Link():
+            return [f"[{escape(block.text)}]({block.target})"]
         case Figure():
             return [f"*{escape(block.caption)}* {escape(block.words)}"]
         case Marked():

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_kit import scored
 from lora_kit.errors import RefusedError
 from lora_kit.recipe import Recipe
 from lora_kit.types import Artifact, Verdict
@@ -42,6 +43,8 @@ class Findings:
     scores: dict[str, Any] | None
     samples: list[dict[str, Any]]
     overlap: list[dict[str, Any]] | None = None
+    answered: dict[str, Path] = field(default_factory=dict)
+    """Items files of whoever was scored."""
 
     def figures(self, stage: str) -> dict[str, Any]:
         """Figures of a finished stage; empty while it is not done."""
@@ -69,6 +72,8 @@ class Findings:
         """Outcomes of the verdicts about an artifact: of its certificate, and of the gates that name it."""
         certificate = self.merge_certificate if name == "merged" else self.certificates.get(name)
         found = [verdict["outcome"] for verdict in (certificate or {}).get("verdicts", ())]
+        found += [check["outcome"] for check in (self.scores or {}).get("checks", ())
+                  if check["artifact"] == name and check["outcome"] == "FAIL"]
         for verdict in (self.scores or {}).get("verdicts", ()):
             subject = re.search(r": (\S+) (?:no worse|better) than ", verdict["claim"])
             if subject and subject[1] == name:
@@ -112,6 +117,7 @@ def read(recipe: Recipe, run: Any) -> Findings:
         },
         bench=_json(run.stage_dir("bench") / "bench.json"),
         scores=_json(run.stage_dir("eval") / "scores.json"),
+        answered=scored.subjects_in(run.stage_dir("eval")) if "eval" in seals else {},
         samples=(_json(run.stage_dir("eval") / "samples.json") or {}).get("samples", []),
     )
 

@@ -9,6 +9,7 @@ scroll on a phone. Reads and writes nothing.
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 
 from lora_kit.report_document import (
     TONES,
@@ -18,6 +19,7 @@ from lora_kit.report_document import (
     Code,
     Document,
     Figure,
+    Link,
     Marked,
     Paragraph,
     Sample,
@@ -108,6 +110,7 @@ mark{background:var(--mark);color:inherit;border-radius:3px;padding:1px 0}
 .turn .text,.box .text{margin:0}
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:12px;margin:12px 0}
 details>summary{cursor:pointer;font-weight:600;font-size:13.5px;margin:10px 0}
+a.more{color:var(--accent);font-weight:600}
 footer{color:var(--soft);font-size:12.5px;padding-bottom:36px}
 @media (max-width:640px){main,header,footer{padding-left:14px;padding-right:14px}
 nav div{padding:8px 14px;flex-wrap:nowrap;overflow-x:auto}
@@ -121,29 +124,43 @@ td:first-child,th:first-child{position:sticky;left:0;background:var(--panel)}}
 
 def to_html(document: Document) -> str:
     """The whole page as text; UTF-8 when written."""
-    facts = "".join(f"<li><b>{_e(name)}</b>{_e(value)}</li>" for name, value in document.facts)
-    links = "".join(f'<a href="#{_e(section.anchor)}">{_e(section.title)}</a>' for section in document.sections)
-    subtitle = f'<p class="soft">{_e(document.subtitle)}</p>' if document.subtitle else ""
+    body = "<main>\n" + "\n".join(_section(section) for section in document.sections) + "\n</main>"
+    return frame(
+        title=document.title, subtitle=document.subtitle, facts=document.facts, body=body,
+        links=[(f"#{section.anchor}", section.title) for section in document.sections],
+        footer="Written by lora-kit. Every figure is measured, or derived from measured ones by the formula beside it.")
+
+
+def frame(*, title: str, subtitle: str, facts: Sequence[tuple[str, str]], links: Sequence[tuple[str, str]],
+          body: str, footer: str, style: str = "") -> str:
+    """A page of the report around ``body``, which is HTML; everything else is plain text and is escaped.
+
+    Args:
+        links: (where to, text) of the bar that stays in sight; only places in the page and files beside it.
+        style: CSS of this page alone.
+    """
+    told = "".join(f"<li><b>{_e(name)}</b>{_e(value)}</li>" for name, value in facts)
+    bar = "".join(f'<a href="{_e(target)}">{_e(text)}</a>' for target, text in links)
+    bar = f"<nav><div>{bar}</div></nav>\n" if bar else ""
+    under = f'<p class="soft">{_e(subtitle)}</p>' if subtitle else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_e(document.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<header><h1>{_e(document.title)}</h1>{subtitle}<ul class="facts">{facts}</ul></header>\n'
-        f"<nav><div>{links}</div></nav>\n<main>\n"
-        + "\n".join(_section(section) for section in document.sections)
-        + "\n</main>\n<footer>Written by lora-kit. Every figure is measured, or derived from measured ones by the "
-        "formula beside it.</footer>\n</body>\n</html>\n"
+        f"<title>{_e(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n"
+        f'<header><h1>{_e(title)}</h1>{under}<ul class="facts">{told}</ul></header>\n'
+        f"{bar}{body}\n<footer>{_e(footer)}</footer>\n</body>\n</html>\n"
     )
 
 
 def _section(section: Section) -> str:
     intro = f'<p class="intro">{_e(section.intro)}</p>' if section.intro else ""
-    blocks = "\n".join(_block(block) for block in section.blocks)
+    blocks = "\n".join(block_html(block) for block in section.blocks)
     return f'<section id="{_e(section.anchor)}"><h2>{_e(section.title)}</h2>{intro}\n{blocks}\n</section>'
 
 
-def _block(block: Block) -> str:
+def block_html(block: Block) -> str:
+    """One block as HTML."""
     match block:
         case Paragraph():
             return f'<p class="{block.tone}">{_e(block.text)}</p>' if block.tone else f"<p>{_e(block.text)}</p>"
@@ -163,6 +180,8 @@ def _block(block: Block) -> str:
             return f'<div class="origin">{_e(block.origin)}</div><pre dir="auto">{spans}</pre>'
         case Sample():
             return _sample(block)
+        case Link():
+            return f'<p><a class="more" href="{_e(block.target)}">{_e(block.text)}</a></p>'
         case Code():
             body = f"<pre>{_e(block.text)}</pre>"
             if block.folded:
@@ -219,5 +238,9 @@ def _sample(sample: Sample) -> str:
             f'<div class="answers">{answers}</div></div>')
 
 
-def _e(text: object) -> str:
+def escaped(text: object) -> str:
+    """``text`` as text of a page, in quotes or out of them."""
     return html.escape(printable(text), quote=True)
+
+
+_e = escaped

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora_kit import eval_checks, report_items
 from lora_kit.recipe import QuantizeForm
 from lora_kit.report_document import (
+    TONES,
     Block,
     Cell,
+    Link,
     Paragraph,
     Sample,
     Section,
@@ -146,6 +149,8 @@ def quality(found: Findings) -> Section:
         blocks.append(Paragraph(text=f"No scores: {found.why_missing('eval')}.", tone="missing"))
         return Section(anchor="quality", title="Quality", blocks=blocks)
     blocks += _stage_verdicts(found, "eval")
+    if found.answered:
+        blocks.append(Link(text="Browse the items by task, verdict and change", target=report_items.FILE))
     units = scores.get("units") or {}
     if scores.get("scores"):
         blocks.append(Table(
@@ -166,6 +171,7 @@ def quality(found: Findings) -> Section:
             numeric=(4, 5, 6, 7),
             note="Paired over the items that both have, 95 % intervals by cluster. Better or worse only where the "
                  "interval leaves zero out."))
+    blocks += _checks(scores)
     skipped = scores.get("not_measured")
     if skipped:
         blocks.append(Table(title="Not measured", columns=("artifact", "task", "why"),
@@ -180,6 +186,32 @@ def quality(found: Findings) -> Section:
                    about.get("description") or about.get("kind", "–")] for task, about in asked.items()],
             numeric=(1, 2, 3, 4, 5)))
     return Section(anchor="quality", title="Quality", blocks=blocks)
+
+
+def _checks(scores: dict[str, Any]) -> list[Block]:
+    """The evaluation's checks of itself; none of an evaluation that made none."""
+    blocks: list[Block] = []
+    if scores.get("checks"):
+        blocks.append(Table(
+            title="Chat template, BOS and stop tokens against training's", columns=("artifact", "outcome", "evidence"),
+            rows=[[check["artifact"], Cell(text=check["outcome"], tone=TONES[check["outcome"]]), check["evidence"]]
+                  for check in scores["checks"]]))
+    overlap = scores.get("overlap") or {}
+    if overlap:
+        rows: list[list[str | Cell]] = []
+        for task, about in overlap.items():
+            if about["why_not"]:
+                rows.append([task, missing(about["why_not"], span=3)])
+            else:
+                rows.append([task, count_text(about["num_items"]), count_text(about["num_overlapping"]),
+                             ", ".join(about["items"][:3]) or "–"])
+        blocks.append(Table(title="Items that overlap training rows", columns=("task", "items", "overlapping", "e.g."),
+                            rows=rows, numeric=(1, 2), note="The same question and answer, a same question of 8 words "
+                            "and more, or 70 % of an item's 8-grams in the training rows."))
+    if scores.get("clean"):
+        blocks.append(Table(title="Without the items that overlap", columns=eval_checks.CLEAN_COLUMNS,
+                            rows=eval_checks.clean_rows(scores["clean"], scores["scores"]), numeric=(2, 3, 4, 5, 6)))
+    return blocks
 
 
 def _value_cell(score: dict[str, Any]) -> str | Cell:

@@ -3,8 +3,9 @@
 ``evaluation.py`` calls :func:`score_artifact` in a fresh process for each artifact. Answers
 are greedy; a metric of ``metrics/`` scores them through ``evaluate``. Held-out loss is the
 negative log-probability of the trained tokens, row by row, summed in float64 from the
-engine's float32 log-probabilities. Engines compute in the type that is fastest for the
-stored weights (``dtype="fastest"`` of ``open_engine``).
+engine's float32 log-probabilities; bits per byte of a text are the same over all of its tokens.
+Engines compute in the type that is fastest for the stored weights (``dtype="fastest"`` of
+``open_engine``).
 
 Shape suffixes: T tokens, K trained positions. Reads the artifact, the data stage's held-out
 tokens and ``items/*.json``; writes ``<subject>/items.jsonl``.
@@ -20,11 +21,11 @@ from typing import Any
 
 import numpy
 
-from lora_kit import chat, items, metrics, tokens
+from lora_kit import chat, items, metrics, template_check, tokens
 from lora_kit.engines import open_engine
 from lora_kit.errors import DataError, MachineError, RecipeError
 from lora_kit.rundir import writing
-from lora_kit.suite import FEWSHOT, KINDS, LOSS, GenerateTask, HeldOutLossTask
+from lora_kit.suite import BITS, FEWSHOT, KINDS, LOSS, GenerateTask, HeldOutLossTask, TextTask
 from lora_kit.types import Artifact, Example, ItemScore
 
 SAMPLED = ("base", "merged")
@@ -34,6 +35,7 @@ SAMPLED = ("base", "merged")
 def score_artifact(
     *, artifact: dict[str, Any], tasks: list[dict[str, Any]], data_dir: str, work_dir: str, tools_mode: str,
     samples: list[dict[str, Any]], sample_tokens: int, threads: int | None, limit: int | None, seed: int, strict: bool,
+    training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Load ``artifact`` in this process and score it on every task.
 
@@ -42,13 +44,16 @@ def score_artifact(
         work_dir: the stage's folder with ``items/``; ``<subject>/items.jsonl`` is written into it.
         samples: prompts (``messages``, ``tools``) that the base and the merged model answer.
         strict: raise when an engine is missing, in place of listing the task as not measured.
+        training: the tokenizer of training as ``template_check.check`` takes it; None leaves that check out.
 
     Returns:
-        ``engines`` (task: engine's name), ``not_measured`` ([{artifact, task, why}]) and ``samples``
-        ([{text, stopped, num_tokens} or {error}], or None).
+        ``engines`` (task: engine's name), ``not_measured`` ([{artifact, task, why}]), ``samples``
+        ([{text, stopped, num_tokens} or {error}], or None) and ``check`` (of template, BOS and stop tokens, or None).
     """
     subject = _Subject(Artifact(**artifact), tools_mode, threads)
-    work, found = Path(work_dir), {"engines": {}, "not_measured": [], "samples": None}
+    work, found = Path(work_dir), {"engines": {}, "not_measured": [], "samples": None, "check": None}
+    if training:
+        found["check"] = template_check.check(subject.artifact, training)
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
     try:
         for task in tasks:
@@ -58,7 +63,10 @@ def score_artifact(
                     lines[subject.name] += subject.held_out_loss(name, Path(data_dir), limit, seed)
                 else:
                     asked = json.loads((work / "items" / f"{name}.json").read_text(encoding="utf-8"))
-                    lines[subject.name] += subject.answers(name, spec, asked["items"], [])
+                    if isinstance(spec, TextTask):
+                        lines[subject.name] += subject.texts(name, asked["items"])
+                    else:
+                        lines[subject.name] += subject.answers(name, spec, asked["items"], [])
                     if subject.name == "base" and asked["examples"]:
                         lines[FEWSHOT] += subject.answers(name, spec, asked["items"], asked["examples"])
                 found["engines"][name] = subject.last_engine
@@ -113,8 +121,29 @@ class _Subject:
             loss, num_trained = trained_loss(engine, example)
             error = "no trained token" if not num_trained else None if math.isfinite(loss) else f"the loss is {loss}"
             score = ItemScore(item_id=f"{example.origin} [{row}]", score=None if error else loss / num_trained,
-                              cluster=example.origin, reason=f"{num_trained} trained tokens", error=error)
+                              cluster=example.origin, reason=f"{num_trained} trained tokens", error=error,
+                              prompt=engine.tokenizer.decode(example.tokens_T.tolist()))
             scored.append({"task": task, "metric": LOSS, **score.as_dict(), "weight": max(num_trained, 1)})
+        return scored
+
+    def texts(self, task: str, asked: list[dict]) -> list[dict[str, Any]]:
+        """Bits per byte of each text after the token that texts begin with, weighted by its bytes."""
+        engine, scored = self.engine(generates=False), []
+        tokenizer = engine.tokenizer
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        for item in asked:
+            text = item["target"]
+            tokens_T = numpy.array([first, *tokenizer(text, add_special_tokens=False)["input_ids"]], numpy.int64)
+            num_bytes, bits, error = len(text.encode()), math.nan, None
+            if self.max_tokens and len(tokens_T) > self.max_tokens:
+                error = f"a text of {len(tokens_T)} tokens does not fit into {self.max_tokens}"
+            else:
+                chosen_K = engine.token_log_probs(tokens_T, numpy.arange(1, len(tokens_T)))
+                bits = -float(chosen_K.sum(dtype=numpy.float64)) / math.log(2)
+                error = None if math.isfinite(bits) else f"its log-probability is {-bits}"
+            score = ItemScore(item_id=item["item_id"], score=None if error else bits / num_bytes, prompt=text,
+                              cluster=item["cluster"], reason=f"{num_bytes} bytes", error=error)
+            scored.append({"task": task, "metric": BITS, **score.as_dict(), "weight": num_bytes})
         return scored
 
     def answers(self, task: str, spec: GenerateTask, asked: list[dict], examples: list[dict]) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ from lora_kit.recipe import Count, Recipe, Section, Sha256
 
 LOSS = "loss"
 """Metric of a ``held_out_loss`` task: nats per trained token, lower is better."""
+BITS = "bits_per_byte"
+"""Metric of a ``text`` task: how many bits the model needs for a byte of text, lower is better."""
 FEWSHOT = "base-fewshot"
 """The subject beside the artifacts: the base, with examples from the training rows in its prompt."""
 
@@ -86,6 +88,26 @@ class GenerateTask(Section):
     """Examples from the training rows in the prompt of `base-fewshot`; 0 leaves that subject out."""
 
 
+class TextTask(Section):
+    """Bits per byte of texts that nobody asks for: what a model still knows of everything else."""
+
+    kind: Literal["text"]
+    description: str = ""
+    """One sentence for people."""
+    data: Annotated[TaskSource, BeforeValidator(_as_source)]
+    """The rows: a source with its format, e.g. `python:stdlib`, which every machine has."""
+    text: str | None = None
+    """Key of the row that holds the text. Default: what the row's format reads, its messages one below the other."""
+    min_chars: Count = 300
+    """Shortest text, in characters; rows with less are left out: the first words of a text say little."""
+    max_chars: Count = 1200
+    """Longest text, in characters; what is longer is cut at a blank."""
+    limit: Count | None = None
+    """Most texts, drawn by the recipe's seed."""
+    cluster_by: Literal["item", "file"] = "item"
+    """What is independent: texts, or the files that they stand in."""
+
+
 class Gate(Section):
     """A claim that the evaluation decides: PASS, FAIL or INCONCLUSIVE, by the paired 95 % interval."""
 
@@ -119,7 +141,7 @@ class SuiteFile(Section):
     """Claims to decide."""
 
 
-KINDS: dict[str, type[Section]] = {"held_out_loss": HeldOutLossTask, "generate": GenerateTask}
+KINDS: dict[str, type[Section]] = {"held_out_loss": HeldOutLossTask, "generate": GenerateTask, "text": TextTask}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +150,21 @@ class Task:
 
     name: str
     folder: Path
-    spec: HeldOutLossTask | GenerateTask
+    spec: HeldOutLossTask | GenerateTask | TextTask
 
     @property
     def metrics(self) -> list[str]:
+        if isinstance(self.spec, TextTask):
+            return [BITS]
         return self.spec.metrics if isinstance(self.spec, GenerateTask) else [LOSS]
+
+    def higher_is_better(self, metric: str) -> bool:
+        """Whether more of ``metric`` is better."""
+        return metric not in (LOSS, BITS) and metrics.load(metric).HIGHER_IS_BETTER
+
+    def unit(self, metric: str) -> str:
+        """Unit or range of the values of ``metric``."""
+        return {LOSS: "nats per trained token", BITS: "bits per byte"}.get(metric, "0 to 1")
 
     @property
     def num_fewshot(self) -> int:
@@ -150,14 +182,15 @@ class Suite:
     def own_items(self) -> list[Task]:
         """The tasks whose items are not the run's held-out rows."""
         return [task for task in self.tasks
-                if isinstance(task.spec, GenerateTask) and task.spec.data.source != "held_out"]
+                if not isinstance(task.spec, HeldOutLossTask) and task.spec.data.source != "held_out"]
 
     def fingerprint(self) -> str:
         """SHA-256 of what is asked: tasks, gates, and the content of data files that lie beside a task."""
         parts: list[Any] = [gate.model_dump(mode="json") for gate in self.gates]
         for task in self.tasks:
             parts.append([task.name, task.spec.model_dump(mode="json")])
-            path = task.folder / task.spec.data.source if isinstance(task.spec, GenerateTask) else task.folder
+            own = not isinstance(task.spec, HeldOutLossTask)
+            path = task.folder / task.spec.data.source if own else task.folder
             parts.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -256,6 +289,10 @@ def _read_task(name: str, suite_path: Path, where: str) -> Task:
                 problems = _problems_with_metrics(spec, values, places)
                 if problems:
                     raise RecipeError.of(problems)
+            if isinstance(spec, TextTask):
+                problems = _problems_with_text(spec, places)
+                if problems:
+                    raise RecipeError.of(problems)
             return Task(name=name, folder=folder / name, spec=spec)
     known = sorted({path.parent.name for folder in folders for path in folder.glob("*/task.yaml")})
     near = difflib.get_close_matches(name, known, n=1)
@@ -292,6 +329,17 @@ def _problems_with_metrics(spec: GenerateTask, values: dict, places: yaml_file.P
         if key not in needed:
             problems.append(RecipeError(places.of(("inputs", key)), f"'inputs.{key}' has no effect: no metric here "
                                         "reads it", "remove it"))
+    return problems
+
+
+def _problems_with_text(spec: TextTask, places: yaml_file.Places) -> list[LoraKitError]:
+    problems: list[LoraKitError] = []
+    if spec.data.source == "held_out":
+        problems.append(RecipeError(places.of(("data",)), "a text task reads texts, and held-out rows are measured by "
+                                    "their trained tokens", "write kind: held_out_loss"))
+    if spec.max_chars < spec.min_chars:
+        problems.append(RecipeError(places.of(("max_chars",)), f"'max_chars' ({spec.max_chars}) is below 'min_chars' "
+                                    f"({spec.min_chars})", "raise it, or lower min_chars"))
     return problems
 
 

@@ -183,7 +183,13 @@ def _eval(folder: Path, num_steps: int, text: str) -> dict:
         "not_measured": [{"artifact": "gguf-q8_0", "task": "held_out", "why": f"not installed {text}"}],
         "tasks": {"held_out": {"kind": "held_out_loss", "description": "Loss on unseen rows.", "num_items": 64,
                                "num_rows": 64, "num_left_out": 0, "num_not_drawn": 0, "unusable": {}}},
-        "units": {"loss": "nats per trained token"}})
+        "units": {"loss": "nats per trained token"},
+        "checks": [{"artifact": "base", "outcome": "PASS", "evidence": f"template 8a1f, BOS 1 {text}"},
+                   {"artifact": "adapter", "outcome": "FAIL", "evidence": f"the chat template of {text} differs"}],
+        "overlap": {"held_out": {"num_items": 64, "num_overlapping": 3, "items": [f"d.jsonl:9 {text}", "d.jsonl:10",
+                                                                                 "d.jsonl:12"], "why_not": ""},
+                    "other": {"num_items": None, "num_overlapping": None, "items": [], "why_not": f"older {text}"}},
+        "clean": [{**score(name, 3.9), "num_items": 61} for name in ("base", "merged")]})
     _json(folder / "samples.json", {"format": 1, "samples": [
         {"origin": f"d.jsonl:9 {text}", "messages": [{"role": "user", "content": f"How are you? {text}"}],
          "tools": [], "reference": f"Fine, thanks. {text}",

@@ -77,6 +77,8 @@ def problem_with(arguments: str) -> str | None:
     if not words or words[0].startswith("-"):
         return None if set(words) <= {"--help", "-h", "--version"} else f"no such option of lora-kit: {words}"
     verb, *rest = words
+    if " ".join(words[:2]) in VERBS:
+        verb, rest = " ".join(words[:2]), words[2:]
     if verb not in VERBS:
         return f"there is no verb {verb}"
     options = {name: parameter for parameter in VERBS[verb].params for name in parameter.opts}
@@ -185,10 +187,11 @@ def test_exit_codes_of_the_pages_exist(page):
 def test_every_verb_has_a_page_with_its_usage():
     index = (ROOT / "docs" / "index.md").read_text()
     for verb in VERBS:
-        page = (ROOT / "docs" / f"{verb}.md").read_text()
-        assert page.startswith(f"# lora-kit {verb}\n")
+        first = verb.partition(" ")[0]  # a verb of two words stands on the page of its first
+        page = (ROOT / "docs" / f"{first}.md").read_text()
+        assert page.startswith(f"# lora-kit {first}\n")
         assert f"<!-- generated: usage {verb} -->\n```text\nUsage: lora-kit {verb} " in page
-        assert f"({verb}.md)" in index
+        assert f"({first}.md)" in index
 
 
 def test_every_format_is_described():

@@ -10,6 +10,7 @@ from lora_kit import chat, evaluation, events, isolate, rows, scoring, tokens
 from lora_kit.errors import MachineError, RecipeError
 from lora_kit.recipe import Recipe
 from lora_kit.types import Artifact, Conversation, Message
+from tests.tiny_run import call_here
 
 CONVERSATIONS = [
     Conversation(messages=(Message(role="user", content=f"say {n}"), Message(role="assistant", content="ok")),
@@ -31,6 +32,7 @@ class FakeRun:
     def __init__(self, path: Path, artifacts: dict[str, Artifact]) -> None:
         self.path, self._artifacts = path, artifacts
         self.recipe_file = SimpleNamespace(folder=path)
+        self.resolved = {}
 
     def stage_dir(self, stage: str) -> Path:
         return self.path / stage
@@ -209,3 +211,21 @@ def test_mistakes_in_the_suite_stop_before_anything_is_loaded(tmp_path, tiny_mod
     run = make_run(tmp_path, {}, tiny_model)
     with pytest.raises(RecipeError, match="no suite is called 'chta'; did you mean 'chat'"):
         evaluation.stage(recipe(suite="chta"), run)
+
+
+def test_what_is_forgotten_is_measured_on_text_that_the_machine_brings(tmp_path, tiny_model, monkeypatch):
+    """The general suite end to end: the tuned model lost what the base knows of other text, or cannot show it did not.
+    """
+    merged = tuned(tiny_model, tmp_path / "merged")
+    run = make_run(tmp_path, {"base": Artifact(name="base", path=str(tiny_model), kind="hf"),
+                              "merged": Artifact(name="merged", path=str(merged), kind="hf")}, tiny_model)
+    monkeypatch.setattr(isolate, "call", call_here)
+    result = evaluation.stage(recipe(suite="general", limit=6), run)
+    scores = json.loads((run.work("eval") / "scores.json").read_text())
+    assert scores["units"] == {"bits_per_byte": "bits per byte"}
+    values = {(entry["task"], entry["artifact"]): entry for entry in scores["scores"]}
+    assert len(values) == 4 and all(entry["num_items"] == 6 for entry in values.values())
+    assert 5 < values["python_prose", "base"]["value"] < 12  # random weights: about log2(320) a byte
+    assert not values["python_prose", "base"]["higher_is_better"]
+    assert [verdict.outcome for verdict in result.verdicts] == ["FAIL", "FAIL"], result.verdicts
+    assert "python_prose bits_per_byte: base" in result.summary

@@ -9,7 +9,7 @@ from lora_kit import items, rows
 from lora_kit.errors import DataError
 from lora_kit.metrics import tool_call
 from lora_kit.recipe import Recipe
-from lora_kit.suite import GenerateTask, Task
+from lora_kit.suite import GenerateTask, Task, TextTask
 
 
 def tool(name: str) -> dict:
@@ -124,6 +124,38 @@ def test_examples_are_of_the_items_kind_and_one_exchange_long(folder):
 
 
 @pytest.mark.archives
+def texts(folder, of=None, name_of=lambda number: {}, **spec):
+    rows_of = [{"text": "word " * number, **name_of(number)} for number in (2, 10, 30, 60)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows_of))
+    task = Task(name="t", folder=folder, spec=TextTask(kind="text", data="texts.jsonl", **spec))
+    return items.make_items(task, of or recipe(), folder, [])
+
+
+def test_texts_are_cut_at_a_blank_and_short_ones_left_out(folder):
+    found = texts(folder, min_chars=40, max_chars=101)
+    assert [len(item.target) for item in found.items] == [49, 99, 99]  # "word word ... word", never a part of one
+    assert (found.num_rows, found.num_left_out, found.num_not_drawn) == (4, 1, 0)
+    assert found.items[0].messages == [] and found.items[0].item_id == "texts.jsonl:2"
+
+
+def test_texts_may_be_a_key_of_the_row_and_share_a_file(folder):
+    found = texts(folder, name_of=lambda number: {"name": f"row {number}"}, text="name", min_chars=1,
+                  cluster_by="file")
+    assert [item.target for item in found.items] == ["row 2", "row 10", "row 30", "row 60"]
+    assert {item.cluster for item in found.items} == {"texts.jsonl"}
+
+
+def test_the_smaller_limit_draws_the_texts(folder):
+    assert len(texts(folder, min_chars=1, limit=3).items) == 3
+    assert len(texts(folder, recipe(eval={"limit": 2}), min_chars=1, limit=3).items) == 2
+    with pytest.raises(DataError, match="none of its 4 rows has a text of 900 characters; lower min_chars"):
+        texts(folder, min_chars=900)
+
+
+def test_a_word_without_end_is_cut_where_it_must_be():
+    assert items._cut("a" * 10, 4) == "aaaa" and items._cut("ab cd ef", 5) == "ab cd" and items._cut("ab cd", 4) == "ab"
+
+
 def test_the_benchmarks_items_without_functions_of_training(archive_member):
     from lora_kit.suite import read_suite
 

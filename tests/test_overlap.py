@@ -38,13 +38,14 @@ def test_nothing_in_common_is_nothing():
     assert looked == [()]
     assert found == {"against": "held_out", "items": 1, "compared_by_ngram": 1, "same_question": 0,
                      "same_question_and_answer": 0, "over_threshold": 0, "overlapping_one_row": 0, "rows": 0,
-                     "examples": []}
+                     "examples": [], "overlapping": []}
 
 
 def test_a_question_and_its_answer_are_found_whatever_the_system_says():
     found, looked = report_of([talk("hi", "yo", origin="h:1")], [talk("hi", "yo", system="Be kind.", origin="a:7")])
     assert (found["same_question"], found["same_question_and_answer"], found["rows"]) == (1, 1, 1)
     assert looked == [("held_out",)] and found["examples"] == [{"item": "h:1", "row": "a:7", "share": 1.0}]
+    assert found["overlapping"] == ["h:1"]
 
 
 def test_a_short_question_with_another_answer_is_counted_and_no_overlap():
@@ -69,6 +70,7 @@ def test_over_seventy_percent_of_the_8_grams_is_an_overlap(num_words, over):
 def test_8_grams_of_several_rows_together_count_and_no_row_is_to_blame():
     found, looked = report_of([talk("x", LONG)], [talk("y", " ".join(WORDS[:14])), talk("y", " ".join(WORDS[6:20]))])
     assert looked == [(), ()] and (found["over_threshold"], found["rows"]) == (1, 0)
+    assert found["overlapping"] == ["a:1"] and found["examples"] == []
 
 
 def test_case_and_punctuation_do_not_hide_an_8_gram():

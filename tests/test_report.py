@@ -73,6 +73,17 @@ def test_a_whole_run_is_on_the_page(tmp_path):
     assert result.figures["stages"] == list(paper.STAGES) and result.artifacts == ()
 
 
+def test_the_evaluations_checks_of_itself_are_on_the_page(tmp_path):
+    page, markdown, _ = pages(paper.write(tmp_path))
+    for shown in ("Chat template, BOS and stop tokens against training's", "the chat template of Hello there differs",
+                  "Items that overlap training rows", "d.jsonl:9 Hello there, d.jsonl:10, d.jsonl:12",
+                  "not measured: older Hello there", "Without the items that overlap"):
+        assert shown in page.text and shown in markdown, shown
+    assert "held_out loss merged 3.73 64 3.9 3.8 to 4 61" in page.text
+    found = report_findings.read(paper.recipe(), paper.write(tmp_path / "again"))
+    assert found.outcomes_of("adapter") == ["FAIL"] and found.outcomes_of("base") == []
+
+
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     run = paper.write(tmp_path)
     page, _, _ = pages(run)

@@ -49,6 +49,25 @@ def item(name: str, content: str, target: str = "x", **fields) -> dict:
             "target": target, "inputs": {}, **fields}
 
 
+def test_bits_per_byte_are_torchs_over_all_tokens_after_the_first(artifact, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    asked = [{**item(f"m.py:{n}", ""), "messages": [], "target": text, "cluster": "m.py"}
+             for n, text in enumerate(["naïve text", "x" * 3000])]
+    _, lines = score(artifact, tmp_path, {"kind": "text", "data": "rows.jsonl"}, asked)
+    line, too_long = lines["merged"]
+    model = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float32).eval()
+    tokenizer = chat.load_tokenizer(artifact.path)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("naïve text", add_special_tokens=False)["input_ids"]]])
+    with torch.no_grad():
+        nats = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert line["score"] == pytest.approx(nats / numpy.log(2) / 11, rel=1e-4)  # ï is two bytes
+    assert (line["metric"], line["weight"], line["cluster"], line["prompt"]) == ("bits_per_byte", 11, "m.py",
+                                                                                 "naïve text")
+    assert too_long["score"] is None and "does not fit into 2048" in too_long["error"]
+
+
 def test_held_out_loss_is_torchs_cross_entropy_over_trained_tokens(artifact, data_dir):
     import torch
     from transformers import AutoModelForCausalLM
@@ -77,7 +96,7 @@ def test_only_trained_positions_are_asked_of_a_model_that_may_compute_in_fp32(ar
     opened = []
 
     class Engine:
-        name = "fake"
+        name, tokenizer = "fake", chat.load_tokenizer(artifact.path)
 
         def token_log_probs(self, tokens_T, positions_K):
             return numpy.full(len(positions_K), -0.5, numpy.float32)

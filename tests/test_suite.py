@@ -7,7 +7,7 @@ import pytest
 from lora_kit import shipped
 from lora_kit.errors import RecipeError
 from lora_kit.recipe import Recipe
-from lora_kit.suite import GenerateTask, HeldOutLossTask, read_suite, suite_names, suite_of
+from lora_kit.suite import GenerateTask, HeldOutLossTask, TextTask, read_suite, suite_names, suite_of
 
 
 def write(folder: Path, suite: str, **tasks: str) -> Path:
@@ -93,8 +93,8 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("task, problem", [
-    ("metrics: [rouge_l]\n", "1: 'kind' is missing; known kinds: held_out_loss, generate"),
-    ("description: x\nkind: multiple\n", "2: there is no kind 'multiple'; known kinds: held_out_loss, generate"),
+    ("metrics: [rouge_l]\n", "1: 'kind' is missing; known kinds: held_out_loss, generate, text"),
+    ("description: x\nkind: multiple\n", "2: there is no kind 'multiple'; known kinds: held_out_loss, generate, text"),
     ("kind: generate\nkind: generate\n", "2: key 'kind' stands twice, first on line 1; remove one of them"),
     ("kind: generate\ndata: held_out\nmetrics: rouge\n", "3: there is no metric 'rouge'; did you mean 'rouge_l'?"),
     ("kind: generate\ndata: held_out\nmetrics: [chrf, chrf]\n", "3: metric 'chrf' stands twice; remove one of them"),
@@ -140,3 +140,24 @@ def test_the_fingerprint_follows_tasks_gates_and_data_but_not_comments(tmp_path)
     assert len(set(seen)) == 4
     path.write_text("# a comment\n" + path.read_text())
     assert read_suite(str(path), tmp_path).fingerprint() == seen[-1]
+
+
+def test_a_text_task_has_one_metric_of_which_less_is_better(tmp_path):
+    [prose, code] = read_suite("general", tmp_path, ["base", "merged"]).tasks
+    assert isinstance(prose.spec, TextTask) and prose.metrics == ["bits_per_byte"] and code.spec.text == "code"
+    assert not prose.higher_is_better("bits_per_byte") and prose.unit("bits_per_byte") == "bits per byte"
+
+
+def test_the_general_and_ci_suites_claim_that_nothing_is_lost(tmp_path):
+    for name in ("general", "ci"):
+        suite = read_suite(name, tmp_path, ["base", "merged"])
+        retained = {gate.task for gate in suite.gates if gate.no_worse_than == "base" and gate.margin}
+        assert retained == {task.name for task in suite.tasks if isinstance(task.spec, TextTask)} != set()
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("data: held_out\n", "held-out rows are measured by their trained tokens; write kind: held_out_loss"),
+    ("data: python:stdlib\nmin_chars: 300\nmax_chars: 20\n", "'max_chars' (20) is below 'min_chars' (300)")])
+def test_mistakes_of_a_text_task_are_told(tmp_path, text, told):
+    [problem] = problems(write(tmp_path, "tasks: [t]\n", t=f"kind: text\n{text}"))
+    assert told in problem
