@@ -10,7 +10,7 @@ Torch-free; reads and writes nothing.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -122,8 +122,7 @@ def problems_with_role(role: Role, at: tuple, places: Places) -> list[LoraKitErr
 
 
 def problems_with_gate(
-    gate: Gate, at: tuple, names: Sequence[str], tasks: Mapping[str, Any], scored: Sequence[str] | None,
-    higher_is_better: Callable[[str], bool], places: Places,
+    gate: Gate, at: tuple, names: Sequence[str], tasks: Mapping[str, Any], scored: Sequence[str] | None, places: Places,
 ) -> list[LoraKitError]:
     """Every mistake of a gate, each with its line.
 
@@ -156,7 +155,7 @@ def problems_with_gate(
         report("margin", f"'margin' has no effect: {given[0]} has none", "remove it")
     if task and given[0] in ("at_least", "at_most"):
         metric = gate.metric or task.metrics[0]
-        right = "at_least" if higher_is_better(metric) else "at_most"
+        right = "at_least" if task.higher_is_better(metric) else "at_most"
         if given[0] != right:
             report(given[0], f"'{given[0]}' is no floor: of {metric}, {'more' if right == 'at_least' else 'less'} is "
                    "better", f"write {right}")

@@ -134,7 +134,7 @@ def items_needed(chance: Callable[[int], float], power: float = POWER) -> int | 
         most *= 2
         if most > MOST_ITEMS:
             return None
-    low = most // 2 if most > 8 else 1
+    low = most // 2 if most > 8 else 0
     while most - low > max(1, low // 100):
         middle = (low + most) // 2
         low, most = (low, middle) if chance(middle) >= power else (middle, most)

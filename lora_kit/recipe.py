@@ -363,7 +363,7 @@ class EvalSection(Section):
     """CPU threads. Default: the machine's cores."""
     baseline: str | None = None
     """A baseline.lock (a path relative to the recipe), which roles then compare with in place of the base."""
-    max_errors: Fraction = 0.1
+    max_errors: Annotated[float, Field(ge=0, le=1), _NumberOnly] = 0.1
     """Largest share of a task's items that may fail without a score; more of them fail the evaluation itself."""
     discordance: Fraction = 0.05
     """Share of items that flip between two equally good models: assumed by `lora-kit eval --dry-run` where no earlier

@@ -7,7 +7,6 @@ A stage that was not run leaves None or an empty list; what is missing says why 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +68,8 @@ class Findings:
         """Outcomes of the verdicts about an artifact: of its certificate, and of the gates that name it."""
         certificate = self.merge_certificate if name == "merged" else self.certificates.get(name)
         found = [verdict["outcome"] for verdict in (certificate or {}).get("verdicts", ())]
-        for verdict in (self.scores or {}).get("verdicts", ()):
-            subject = re.search(r": (\S+) (?:no worse|better) than ", verdict["claim"])
-            if subject and subject[1] == name:
-                found.append(verdict["outcome"])
-        return found
+        gates = (self.scores or {}).get("verdicts", ())
+        return found + [verdict["outcome"] for verdict in gates if verdict.get("artifact") == name]
 
     def why_missing(self, stage: str) -> str:
         """Why a figure of ``stage`` is not there."""

@@ -18,6 +18,7 @@ differences of 0 and 1, in clusters     at each end the wider of cluster-robust 
 any other, 30 clusters and more, and    BCa bootstrap, clusters drawn as wholes, by a fixed seed
 fewer than 25 times squared skewness
 any other                               cluster-robust Student's t (each item its own cluster where none are named)
+of a corpus metric, which is no mean    BCa bootstrap of the items' outcomes, clusters drawn as wholes
 ======================================  ====================================================================
 
 The bound of 25 times the squared skewness, under which the normal approximation of a mean is not to
@@ -33,8 +34,10 @@ Shape suffixes: N items, G clusters. Torch-free; reads and writes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lora_kit import intervals
 from lora_kit.intervals import Exact, Finding, Tango, Widest, Wilson
@@ -42,6 +45,8 @@ from lora_kit.intervals import Exact, Finding, Tango, Widest, Wilson
 FEW_ITEMS = 30
 """Below this many independent 0-1 scores the interval is exact; from this many clusters on a bootstrap may serve."""
 _COCHRAN = 25
+_CORPUS_RESAMPLES = 2000
+"""Each takes a pass over the outcomes in Python: half as many as of a mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,30 @@ def paired_difference(
     return Difference(**_estimate(differences, clusters, level, weights, _flips if counted else None))
 
 
+def corpus_interval(
+    corpus: Callable[[Sequence[Any]], float], outcomes: Sequence[Any], clusters: Sequence[Hashable],
+    level: float = 0.95,
+) -> Estimate:
+    """The value of a corpus metric over all items, such as a correlation or BLEU, with its interval.
+
+    Args:
+        corpus: from the outcomes of any selection of items to the value.
+        outcomes: (N,) what of each item goes into the value.
+        clusters, level: as for :func:`mean_interval`.
+    """
+    return Estimate(**_bootstrapped(lambda items: corpus([outcomes[item] for item in items]), clusters, level))
+
+
+def corpus_difference(
+    corpus: Callable[[Sequence[Any]], float], a: Sequence[Any], b: Sequence[Any], clusters: Sequence[Hashable],
+    level: float = 0.95,
+) -> Difference:
+    """The value over the outcomes ``a`` minus that over ``b`` of the same items, which are drawn together."""
+    assert len(a) == len(b)
+    return Difference(**_bootstrapped(
+        lambda items: corpus([a[item] for item in items]) - corpus([b[item] for item in items]), clusters, level))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the given order: claim those at most alpha, and any is wrong with at most alpha."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
@@ -120,6 +149,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def wilson(successes: float, num_items: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for ``successes`` out of ``num_items`` (at least one)."""
     return Wilson(successes=successes, num_items=num_items).limits(level)
+
+
+def _bootstrapped(statistic: Callable[[Any], float], clusters: Sequence[Hashable], level: float) -> dict:
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for item, cluster in enumerate(clusters):
+        members[cluster].append(item)
+    found = {"num_items": len(clusters), "num_clusters": len(members), "mean": None, "ci_low": None, "ci_high": None}
+    if not members:
+        return found
+    if len(members) < 2:
+        return found | {"mean": float(statistic(range(len(clusters))))}
+    finding = intervals.bootstrap(statistic, list(members.values()), resamples=_CORPUS_RESAMPLES)
+    low, high = finding.limits(level)
+    return found | {"mean": finding.point, "ci_low": low, "ci_high": high, "finding": finding}
 
 
 def _share(values: Sequence[float], num_items: int) -> Finding:

@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import inspect
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,6 +115,14 @@ class Task:
     def metrics(self) -> list[str]:
         return self.spec.metrics if isinstance(self.spec, GenerateTask) else [LOSS]
 
+    def higher_is_better(self, metric: str) -> bool:
+        """Whether more of ``metric`` is better."""
+        return metric != LOSS and metrics.load(metric).HIGHER_IS_BETTER
+
+    def corpus(self, metric: str) -> Callable[[Sequence[Any]], float] | None:
+        """What makes the value of ``metric`` from items' outcomes; None where the value is the mean of their scores."""
+        return None if metric == LOSS else getattr(metrics.load(metric), "corpus", None)
+
     @property
     def num_fewshot(self) -> int:
         return getattr(self.spec, "num_fewshot", 0)
@@ -159,11 +168,6 @@ def suite_of(recipe: Recipe, relative_to: Path) -> Suite:
     return read_suite(recipe.eval.suite, relative_to, scored, against=BASELINE if recipe.eval.baseline else "base")
 
 
-def higher_is_better(metric: str) -> bool:
-    """Whether more of ``metric`` is better."""
-    return metric != LOSS and metrics.load(metric).HIGHER_IS_BETTER
-
-
 def read_suite(name: str, relative_to: Path, scored: list[str] | None = None, against: str = "base") -> Suite:
     """Read a suite and its tasks.
 
@@ -191,7 +195,7 @@ def read_suite(name: str, relative_to: Path, scored: list[str] | None = None, ag
             found = problems_with_role(entry, at, places) if isinstance(entry, Role) else []
             claims = [entry] if isinstance(entry, Gate) else [] if found else entry.gates(against)
             for gate in claims:
-                found += problems_with_gate(gate, at, suite.tasks, tasks, scored, higher_is_better, places)
+                found += problems_with_gate(gate, at, suite.tasks, tasks, scored, places)
                 if not found and gate.task in tasks:
                     gates.append(gate.model_copy(update={"metric": gate.metric or tasks[gate.task].metrics[0]}))
             # The claims of one role share its mistakes.

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 
-from lora_kit.stats import holm, mean_interval, paired_difference, wilson
+from lora_kit.stats import corpus_difference, corpus_interval, holm, mean_interval, paired_difference, wilson
 
 
 def test_unclustered_t_interval_equals_scipys():
@@ -79,6 +79,26 @@ def test_one_flip_among_clustered_items_is_not_called_sure():
     found = paired_difference([0.0] * 199 + [1.0], [0.0] * 200, clusters)
     alone = paired_difference([0.0] * 199 + [1.0], [0.0] * 200)
     assert (found.ci_low, found.ci_high) == pytest.approx((alone.ci_low, alone.ci_high)) and alone.ci_low < -0.013
+
+
+def test_a_corpus_metric_is_resampled_by_clusters():
+    generator = numpy.random.default_rng(6)
+    a, b = (generator.integers(0, 5, (60, 2)) + [extra, 4] for extra in (2, 0))
+
+    def ratio(outcomes):
+        return sum(top for top, _ in outcomes) / sum(bottom for _, bottom in outcomes)
+
+    alone = corpus_interval(ratio, a.tolist(), range(60))
+    # Of a ratio of sums, the delta method is the t interval with the denominators as weights.
+    delta = mean_interval(a[:, 0] / a[:, 1], weights=a[:, 1])
+    assert alone.mean == pytest.approx(delta.mean) and alone.method == "BCa bootstrap"
+    assert (alone.ci_low, alone.ci_high) == pytest.approx((delta.ci_low, delta.ci_high), rel=0.03)
+    paired = corpus_difference(ratio, a.tolist(), b.tolist(), range(60))
+    assert paired.mean == pytest.approx(ratio(a) - ratio(b)) and paired.ci_low > 0
+    doubled = corpus_interval(ratio, [*a.tolist(), *a.tolist()], [*range(60), *range(60)])
+    assert doubled.ci_high - doubled.ci_low == pytest.approx(alone.ci_high - alone.ci_low, rel=0.1)
+    assert corpus_interval(ratio, a.tolist()[:1], ["x"]).ci_low is None
+    assert corpus_interval(ratio, [], []).mean is None
 
 
 def test_holm_by_hand():
