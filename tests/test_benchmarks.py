@@ -28,3 +28,12 @@ def test_losses_against_trl(tmp_path):
     figures, _ = quick("losses_against_trl.py", tmp_path)
     assert len(figures["lora_kit"]) == len(figures["trl"]) == 6 and figures["largest_difference"] < 1e-4
     assert figures["lora_kit"][0] > figures["lora_kit"][-1]
+
+
+def test_gate_power(tmp_path):
+    figures, printed = quick("gate_power.py", tmp_path)
+    rows = {(row["truth"], row["verdict"]): row for row in figures["rows"]}
+    assert all(row["kept"] for row in rows.values()) and "MISSED" not in printed
+    assert rows["A/A, 5% flips, must improve", "FAIL"]["share"] < 0.05
+    assert rows["drop of 6.4 points, 5% flips, must improve", "FAIL"]["share"] > 0.7
+    assert rows["drop of 16.5 points, 4 looks", "FAIL"]["mean_items"] < 150
