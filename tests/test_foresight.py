@@ -39,6 +39,8 @@ def test_a_recipe_alone_tells_what_counts_and_assumptions_can(tmp_path):
         "answers exact_match: merged no worse than base (margin 0.02): with 200 items a drop under 6.4 points cannot "
         f"be seen; an unchanged model passes with {gate.passes * 100:.0f} %, with {gate.needed:,} items in four of "
         "five cases (5 % of items are assumed to flip either way between equally good models: eval.discordance)")
+    # docs/eval.md shows this very line.
+    assert found.lines()[0] in (Path(__file__).parent.parent / "docs" / "eval.md").read_text()
     assert found.lines()[1] == ("(80 % power, 5 % level, half of it on each side: the figures are for the strictest "
                                 "step)")
     assert found.rows() == [["answers exact_match: merged no worse than base (margin 0.02)", "200", "200", "6.4 points",
