@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -49,6 +49,11 @@ NoDepsOption = Annotated[
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Do the stage again even when it is done.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run even when one can go on.")]
+InconclusiveOption = Annotated[
+    Literal["pass", "fail"] | None,
+    typer.Option(show_default=False, help="What a gate that cannot be decided counts as. Default: neither, exit code "
+                 "3.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 
 _RUNS = Path("runs")
@@ -171,7 +176,7 @@ def train(
 @app.command()
 def run(
     recipe: RecipeArgument, set_: SetOption = None, runs: RunsOption = _RUNS, fresh: FreshOption = False,
-    debug: DebugOption = False,
+    inconclusive: InconclusiveOption = None, debug: DebugOption = False,
 ) -> None:
     """Do everything a recipe says, skipping what is done."""
     from lora_kit import pipeline
@@ -185,7 +190,7 @@ def run(
     if not pipeline.owed(opened):
         typer.echo("nothing to do: every stage is done")
     try:
-        pipeline.continue_run(opened)
+        pipeline.continue_run(opened, inconclusive=inconclusive)
     except (GateFailed, GateInconclusive):
         _finish(opened)
         raise
@@ -207,12 +212,13 @@ def _stage_verb(stage: str, summary: str):
     app.command(name=stage)(verb)
 
 
-def _do_stage(stage: str, target: Path | None, runs: Path, no_deps: bool, again: bool) -> None:
+def _do_stage(stage: str, target: Path | None, runs: Path, no_deps: bool, again: bool,
+              inconclusive: str | None = None) -> None:
     from lora_kit import pipeline, rundir
 
     opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
     typer.echo(f"run {opened.path}")
-    pipeline.continue_run(opened, until=stage, no_deps=no_deps, redo=again)
+    pipeline.continue_run(opened, until=stage, no_deps=no_deps, redo=again, inconclusive=inconclusive)
     seal = opened.seal(stage)
     typer.echo(f"{stage}: {seal['summary']}")
     typer.echo(f"written to {opened.stage_dir(stage)}")
@@ -247,7 +253,21 @@ def bench(
 
 @app.command(name="eval")
 def eval_(
-    target: RunArgument = None, runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="RUN", show_default=False, help="A run folder, or a recipe with "
+                                    "--dry-run. Default: the newest run.")
+    ] = None,
+    runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what each gate can show with its items. Loads no model.")
+    ] = False,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Compare with this baseline.lock, as eval.baseline does.")
+    ] = None,
+    write_baseline: Annotated[
+        Path | None, typer.Option(help="Write what the artifacts score there, for --baseline of later runs.")
+    ] = None,
+    inconclusive: InconclusiveOption = None,
     junit: Annotated[
         Path | None, typer.Option(help="Write the gates as JUnit XML, a test case for each.")
     ] = None,
@@ -255,11 +275,41 @@ def eval_(
 ) -> None:
     """Score the artifacts of a run with its suite and decide its gates."""
     from lora_kit import junit as junit_file
-    from lora_kit import rundir
+    from lora_kit import pipeline, rundir
+    from lora_kit.errors import GateFailed, GateInconclusive, LoraKitError
 
+    if dry_run:
+        _foresee(target, runs, baseline)
+        return
     opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
-    with junit_file.reporting(junit, opened):
-        _do_stage("eval", opened.path, runs, no_deps, again)
+    if baseline:
+        opened = pipeline.compare_with(opened, baseline)
+    decided: LoraKitError | None = None
+    try:
+        with junit_file.reporting(junit, opened, inconclusive=inconclusive):
+            _do_stage("eval", opened.path, runs, no_deps, again, inconclusive)
+    except (GateFailed, GateInconclusive) as error:
+        decided = error
+    # What was scored is worth keeping whatever the gates say of it.
+    if write_baseline:
+        typer.echo(f"baseline {pipeline.write_baseline(opened, write_baseline)}")
+    if decided:
+        raise decided
+
+
+def _foresee(target: Path | None, runs: Path, baseline: Path | None) -> None:
+    from lora_kit import foresight, rundir
+
+    if target and not rundir.is_run(target) and target.is_file():
+        set_ = [f"eval.baseline={baseline.resolve()}"] if baseline else None
+        found = foresight.of_recipe(_recipe_file_of(target, set_))
+    else:
+        opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
+        found = foresight.of_run(opened, baseline)
+    _terminal.table(f"gates of suite {found.suite}, before anything is computed", foresight.COLUMNS, found.rows())
+    typer.echo("")
+    for line in found.lines():
+        typer.echo(line)
 
 
 @app.command(name="eval compare")

@@ -3,7 +3,8 @@
 Every artifact answers the same items, made once (``items.py``), in a fresh process of its
 own (``scoring.py``); with the base also goes ``base-fewshot``, the base with examples in
 its prompt. Scores come with intervals, differences are paired over items, gates become
-verdicts (``gates.py``). What cannot run here is listed as not measured, with the reason. Each artifact's
+verdicts (``gates.py``), against artifacts of this run or a baseline.lock (``baseline.py``). What cannot
+run here is listed as not measured, with the reason; where too many items fail, the evaluation does. Each artifact's
 template, BOS and stop tokens are held to training's (``template_check.py``): others are a FAIL. Scores of the items
 that overlap no training row stand beside the whole (``eval_checks.py``).
 
@@ -20,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_kit import eval_checks, events, gates, isolate, items, rows, template_check, tokens
+from lora_kit import baseline, comparison, eval_checks, events, isolate, items, rows, template_check, tokens
+from lora_kit.comparison import Scored
 from lora_kit.errors import MachineError
 from lora_kit.formats import UnusableRow
 from lora_kit.recipe import Recipe
@@ -33,9 +35,6 @@ FORMAT = 1
 """Version of ``scores.json`` and ``samples.json``."""
 _SHOWN = ("base", FEWSHOT, "merged")
 
-Scored = dict[str, dict[tuple[str, str], list[dict[str, Any]]]]
-"""Lines of items.jsonl by subject (an artifact or base-fewshot), then by (task, metric)."""
-
 
 def stage(recipe: Recipe, run: Run) -> Result:
     """Score every artifact that ``recipe.eval`` names on its suite, and decide the suite's gates.
@@ -43,7 +42,9 @@ def stage(recipe: Recipe, run: Run) -> Result:
     Raises:
         RecipeError: the suite has mistakes, or names what this run does not have.
         DataError: a task has no usable row.
-        MachineError: an artifact that ``eval.artifacts`` names cannot be run here.
+        MachineError: an artifact that ``eval.artifacts`` names cannot be run here, or more than ``eval.max_errors``
+            of a task's items failed.
+        RefusedError: the baseline was made from other prompts, with another tokenizer or other versions.
     """
     suite = suite_of(recipe, run.recipe_file.folder)
     names = recipe.eval.artifacts or [name for name in run.artifacts() if name != "adapter"]
@@ -52,6 +53,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
     held_out = rows.read_held_out(data_dir)
     with writing(work):
         asked = _write_items(suite, recipe, run.recipe_file.folder, data_dir, held_out, work / "items")
+    lock, hashes = _locked(suite, recipe, run, work, data_dir)
     samples = _sample_prompts(held_out, recipe.eval.samples)
     outcomes: dict[str, dict[str, Any]] = {}
     for index, artifact in enumerate(artifacts):
@@ -59,8 +61,12 @@ def stage(recipe: Recipe, run: Run) -> Result:
                                     fields={"scoring": artifact.name}))
         outcomes[artifact.name] = _score_apart(artifact, suite, recipe, samples, data_dir, work, _training(run))
     events.tell(events.Progress(stage="eval", done=len(artifacts), total=len(artifacts), unit="artifact"))
+    scored: Scored = {name: _read_scored(work / name / "items.jsonl") for name in _subjects(suite, outcomes)}
+    comparison.check_errors(scored, recipe.eval.max_errors, str(work))
+    locked = baseline.scored(lock, hashes, scored) if lock else {}
     with writing(work):
-        return _write_results(suite, asked, outcomes, samples, work, data_dir, recipe.data.overlap == "drop")
+        return _write_results(suite, asked, outcomes, scored, locked, samples, work, data_dir,
+                              recipe.data.overlap == "drop")
 
 
 def _training(run: Run) -> dict[str, Any] | None:
@@ -68,6 +74,17 @@ def _training(run: Run) -> dict[str, Any] | None:
     base = run.resolved.get("base") or {}
     folder = (base.get("artifact") or {}).get("tokenizer")
     return {"tokenizer": folder, "content": base.get("content")} if folder else None
+
+
+def _locked(suite: Suite, recipe: Recipe, run: Run, work: Path, data_dir: Path) -> tuple[dict | None, dict]:
+    """The recipe's baseline.lock, found to be about what is asked now, with the hashes of that; None without one."""
+    if recipe.eval.baseline is None:
+        return None, {}
+    shown = recipe.eval.baseline
+    lock = baseline.read(run.recipe_file.folder / Path(shown).expanduser(), shown)
+    hashes = baseline.item_hashes(suite, work, data_dir)
+    baseline.check(lock, baseline.describe(suite, run.artifacts()), hashes, shown)
+    return lock, hashes
 
 
 # ---- what is asked ----------------------------------------------------------------------
@@ -143,27 +160,20 @@ def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list
 # ---- what it proves ---------------------------------------------------------------------
 
 
-def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples: list[dict], work: Path,
-                   data_dir: Path, overlap_dropped: bool) -> Result:
-    """Scores, differences and verdicts from every artifact's items.jsonl, written and told."""
-    scored: Scored = {name: _read_scored(work / name / "items.jsonl") for name in _subjects(suite, outcomes)}
+def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], scored: Scored, locked: Scored,
+                   samples: list[dict], work: Path, data_dir: Path, overlap_dropped: bool) -> Result:
+    """Scores, differences and verdicts from every artifact's items, written and told."""
     higher = {(task.name, metric): task.higher_is_better(metric) for task in suite.tasks for metric in task.metrics}
-    scores = [gates.task_score(lines, task=task, artifact=name, metric=metric, higher_is_better=higher[task, metric])
-              for name, by_metric in scored.items() for (task, metric), lines in by_metric.items()]
+    corpus = {(task.name, metric): task.corpus(metric) for task in suite.tasks for metric in task.metrics}
     not_measured = [entry for outcome in outcomes.values() for entry in outcome["not_measured"]]
     not_measured += _unanswered(suite, asked, scored, not_measured)
-    compared = {
-        (task, metric, name, baseline): gates.difference(
-            scored[name][task, metric], scored[baseline][task, metric], task=task, metric=metric, artifact=name,
-            baseline=baseline, higher_is_better=higher[task, metric])
-        for task, metric, name, baseline in _pairs(suite, scored)}
-    verdicts = [gates.decide(gate, compared.get((gate.task, gate.metric, gate.artifact, gate.baseline)),
-                             _why_not_compared(gate, not_measured)) for gate in suite.gates]
+    found = comparison.compare(scored | locked, suite.gates, higher, not_measured, corpus)
+    scores, verdicts = found.scores, found.verdicts
     checks = [outcome["check"] for outcome in outcomes.values() if outcome["check"]]
     overlap = eval_checks.overlap_of(suite, scored, data_dir, drops=overlap_dropped)
     figures = {"suite": suite.name, "scores": [score.as_dict() for score in scores],
-               "differences": list(compared.values()), "not_measured": not_measured, "checks": checks,
-               "overlap": overlap, "clean": eval_checks.clean_scores(overlap, scored, higher)}
+               "differences": found.differences, "flips": found.flips, "not_measured": not_measured,
+               "checks": checks, "overlap": overlap, "clean": eval_checks.clean_scores(overlap, scored, higher)}
     for name in scored:
         outcome = outcomes["base" if name == FEWSHOT else name]
         (work / name).mkdir(exist_ok=True)
@@ -185,7 +195,9 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], samples
         for index, sample in enumerate(samples)]})
     for why, names in _grouped(not_measured).items():
         events.tell(events.Caution(text=f"not measured: {', '.join(names)}: {why}"))
-    events.tell(_as_table(scores, list(compared.values())))
+    events.tell(_as_table(scores, found.differences))
+    if found.flips:
+        events.tell(_flips_table(found.flips))
     _tell_checks(figures)
     return Result(summary=_summary(suite, scores, verdicts), verdicts=(*verdicts, *_failed(checks)), figures=figures)
 
@@ -249,22 +261,6 @@ def _unanswered(suite: Suite, asked: dict, scored: Scored, known: list[dict[str,
     return found
 
 
-def _pairs(suite: Suite, scored: Scored) -> list[tuple[str, str, str, str]]:
-    """(task, metric, artifact, baseline) to compare: everything with base, and what gates ask for."""
-    wanted = [(task, metric, name, "base") for name, by_metric in scored.items() if name != "base"
-              for task, metric in by_metric]
-    wanted += [(gate.task, gate.metric, gate.artifact, gate.baseline) for gate in suite.gates]
-    return [pair for pair in dict.fromkeys(wanted)
-            if all(pair[:2] in scored.get(side, {}) for side in pair[2:])]
-
-
-def _why_not_compared(gate, not_measured: list[dict[str, str]]) -> str:
-    for entry in not_measured:
-        if entry["task"] == gate.task and entry["artifact"] in (gate.artifact, gate.baseline):
-            return f"{entry['artifact']} was not measured: {entry['why']}"
-    return ""
-
-
 def _grouped(not_measured: list[dict[str, str]]) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = defaultdict(list)
     for entry in not_measured:
@@ -287,6 +283,13 @@ def _as_table(scores: list[TaskScore], differences: list[dict]) -> events.Table:
         ])
     return events.Table(title="Scores", rows=lines, columns=[
         "task", "artifact", "score", "95 % interval", "difference to base", "95 % interval", "items"])
+
+
+def _flips_table(flips: list[dict]) -> events.Table:
+    return events.Table(title="Items that changed, stage by stage", rows=[[
+        f"{each['task']} {each['metric']}", f"{each['baseline']} → {each['artifact']}",
+        f"{each['num_worse']}", f"{each['num_better']}", f"{each['num_items']}"] for each in flips],
+        columns=["task", "stage", "worse (right → wrong)", "better (wrong → right)", "items"])
 
 
 def _interval(low: float | None, high: float | None) -> str:

@@ -20,11 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_kit import hardware, prepared, quantizers, rundir, sources, suite
+from lora_kit import baseline, hardware, prepared, quantizers, rundir, sources, suite
 from lora_kit.errors import BY_EXIT_CODE, GateFailed, GateInconclusive, LoraKitError, ModelError, RecipeError
 from lora_kit.events import Note, StageFinished, StageSkipped, StageStarted, tell
 from lora_kit.recipe import IDENTITY
-from lora_kit.recipe_file import RecipeFile
+from lora_kit.recipe_file import RecipeFile, parse_recipe
 from lora_kit.rundir import Run
 from lora_kit.types import Artifact, Result, Verdict
 
@@ -87,17 +87,24 @@ def check(recipe_file: RecipeFile) -> dict[str, Any]:
     """Find the mistakes of later sections now, not after training; returns the base as ``find_base`` does.
 
     Raises:
-        RecipeError: the suite or a quantized form is not one that lora-kit knows.
+        RecipeError: the suite or a quantized form is not one that lora-kit knows, or there is no such baseline.
+        RefusedError: the baseline is not whole.
         ModelError: the base is missing, or cannot take one of the forms.
     """
     from lora_kit.model import find_base, read_config
 
     suite.suite_of(recipe_file.recipe, recipe_file.folder)
+    if recipe_file.recipe.eval.baseline:
+        baseline.read(_baseline_path(recipe_file), recipe_file.recipe.eval.baseline)
     base = find_base(recipe_file.recipe.model, recipe_file.folder)
     config = read_config(Path(base["artifact"]["path"]))
     for form in recipe_file.recipe.quantize:
         quantizers.load(form.method).check(config, form.type)
     return base
+
+
+def _baseline_path(recipe_file: RecipeFile) -> Path:
+    return recipe_file.folder / Path(recipe_file.recipe.eval.baseline).expanduser()
 
 
 def _may_be_of(path: Path, identity: str) -> bool:
@@ -166,11 +173,13 @@ def run_recipe(recipe_file: RecipeFile, *, runs_dir: Path | str = "runs", until:
     return continue_run(run, until=until, redo=redo)
 
 
-def continue_run(run: Run, *, until: str = "report", no_deps: bool = False, redo: bool = False) -> Run:
+def continue_run(run: Run, *, until: str = "report", no_deps: bool = False, redo: bool = False,
+                 inconclusive: str | None = None) -> Run:
     """Bring ``run`` up to stage ``until``; see :func:`run_recipe`.
 
     Args:
         no_deps: an owed stage before ``until`` is an error instead of being run.
+        inconclusive: what an inconclusive gate counts as: ``pass`` or ``fail``; None for what it is.
     """
     wanted = STAGES[:NAMES.index(until) + 1]
     needed = _needed_for(until) if until != "report" else set(NAMES)
@@ -188,8 +197,40 @@ def continue_run(run: Run, *, until: str = "report", no_deps: bool = False, redo
             else:
                 _execute(stage, run, reason or "asked for")
             verdicts += [Verdict(**fields) for fields in (run.seal(stage.name) or {}).get("verdicts", ())]
-    _raise_for(verdicts)
+    _raise_for(verdicts, inconclusive)
     return run
+
+
+def compare_with(run: Run, path: Path) -> Run:
+    """The run with the baseline.lock at ``path`` in its recipe, as by ``--set eval.baseline=PATH``.
+
+    Raises:
+        RecipeError: there is no such file.
+        RefusedError: it is not a whole baseline.
+    """
+    baseline.read(path, str(path))
+    kept = [text for text in run.recipe_file.overrides if not text.startswith("eval.baseline=")]
+    overrides = [*kept, f"eval.baseline={json.dumps(str(path.resolve()))}"]
+    recipe_file = parse_recipe(run.recipe_file.text, run.recipe_file.path, overrides,
+                               shown_as=str(run.path / "recipe.yaml"))
+    resolved = {**run.resolved, "overrides": overrides,
+                "resolved_recipe": recipe_file.recipe.model_dump(mode="json")}
+    with run.locked():
+        return rundir.update(run, recipe_file, resolved)
+
+
+def write_baseline(run: Run, path: Path) -> str:
+    """Write what the run's artifacts scored to ``path``; what was written, in words.
+
+    Raises:
+        RecipeError: the run has no finished evaluation.
+    """
+    if run.seal("eval") is None:
+        raise RecipeError(str(run.path), "has no finished evaluation to make a baseline of",
+                          f"lora-kit eval {run.path}")
+    made = baseline.write(run, suite.suite_of(run.recipe, run.recipe_file.folder), path)
+    names = list(dict.fromkeys(name for about in made["tasks"].values() for name in about["artifacts"]))
+    return f"{path}: {', '.join(names)} on {', '.join(made['tasks'])}, {path.stat().st_size:,} bytes"
 
 
 def owed(run: Run) -> list[str]:
@@ -219,6 +260,8 @@ def _fingerprint(stage: Stage, run: Run) -> str:
         parts["machine"] = run.resolved["machine"].get("cpu")
     if stage.name == "eval":
         parts["suite"] = suite.suite_of(run.recipe, run.recipe_file.folder).fingerprint()
+        if run.recipe.eval.baseline and _baseline_path(run.recipe_file).is_file():
+            parts["baseline"] = sources.file_sha256(_baseline_path(run.recipe_file))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -296,8 +339,9 @@ def _content(stage: Stage, result: Result, work: Path) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _raise_for(verdicts: list[Verdict]) -> None:
-    for outcome, kind in (("FAIL", GateFailed), ("INCONCLUSIVE", GateInconclusive)):
+def _raise_for(verdicts: list[Verdict], inconclusive: str | None = None) -> None:
+    undecided = {"pass": [], "fail": [("INCONCLUSIVE", GateFailed)], None: [("INCONCLUSIVE", GateInconclusive)]}
+    for outcome, kind in [("FAIL", GateFailed), *undecided[inconclusive]]:
         found = [verdict for verdict in verdicts if verdict.outcome == outcome]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

@@ -371,6 +371,13 @@ class EvalSection(Section):
     """Longest sample answer, in tokens."""
     threads: Count | None = None
     """CPU threads. Default: the machine's cores."""
+    baseline: str | None = None
+    """A baseline.lock (a path relative to the recipe), which roles then compare with in place of the base."""
+    max_errors: Annotated[float, Field(ge=0, le=1), _NumberOnly] = 0.1
+    """Largest share of a task's items that may fail without a score; more of them fail the evaluation itself."""
+    discordance: Fraction = 0.05
+    """Share of items that flip between two equally good models: assumed by `lora-kit eval --dry-run` where no earlier
+    scores tell it."""
 
 
 class CostSection(Section):

@@ -7,7 +7,6 @@ A stage that was not run leaves None or an empty list; what is missing says why 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,11 +73,8 @@ class Findings:
         found = [verdict["outcome"] for verdict in (certificate or {}).get("verdicts", ())]
         found += [check["outcome"] for check in (self.scores or {}).get("checks", ())
                   if check["artifact"] == name and check["outcome"] == "FAIL"]
-        for verdict in (self.scores or {}).get("verdicts", ()):
-            subject = re.search(r": (\S+) (?:no worse|better) than ", verdict["claim"])
-            if subject and subject[1] == name:
-                found.append(verdict["outcome"])
-        return found
+        gates = (self.scores or {}).get("verdicts", ())
+        return found + [verdict["outcome"] for verdict in gates if verdict.get("artifact") == name]
 
     def why_missing(self, stage: str) -> str:
         """Why a figure of ``stage`` is not there."""

@@ -151,6 +151,8 @@ def quality(found: Findings) -> Section:
     blocks += _stage_verdicts(found, "eval")
     if found.answered:
         blocks.append(Link(text="Browse the items by task, verdict and change", target=report_items.FILE))
+    if any("role" in verdict for verdict in scores.get("verdicts", ())):
+        blocks.append(_claims(scores["verdicts"]))
     units = scores.get("units") or {}
     if scores.get("scores"):
         blocks.append(Table(
@@ -170,8 +172,10 @@ def quality(found: Findings) -> Section:
                    _direction(each)] for each in scores["differences"]],
             numeric=(4, 5, 6, 7),
             note="Paired over the items that both have, 95 % intervals by cluster. Better or worse only where the "
-                 "interval leaves zero out."))
+                 "interval leaves zero out. baseline/ names what a baseline.lock says."))
     blocks += _checks(scores)
+    if scores.get("flips"):
+        blocks.append(_changed_items(scores["flips"]))
     skipped = scores.get("not_measured")
     if skipped:
         blocks.append(Table(title="Not measured", columns=("artifact", "task", "why"),
@@ -212,6 +216,34 @@ def _checks(scores: dict[str, Any]) -> list[Block]:
         blocks.append(Table(title="Without the items that overlap", columns=eval_checks.CLEAN_COLUMNS,
                             rows=eval_checks.clean_rows(scores["clean"], scores["scores"]), numeric=(2, 3, 4, 5, 6)))
     return blocks
+
+
+def _claims(verdicts: list[dict[str, Any]]) -> Table:
+    """The gates by role, with what would decide those that are not decided."""
+    rows: list[list[str | Cell]] = []
+    for verdict in verdicts:
+        needed = verdict.get("num_items_to_decide")
+        decides = "decided" if verdict["outcome"] != "INCONCLUSIVE" else \
+            f"about {count_text(needed)} items" if needed else "not known"
+        rows.append([verdict.get("role", "–"), verdict["claim"],
+                     Cell(text=verdict["outcome"], tone=TONES[verdict["outcome"]]), decides])
+    return Table(title="Claims", columns=("role", "claim", "verdict", "what would decide"), rows=rows, note=(
+        "A target must get better, a retained task must not fall by more than its margin, a floor must be reached. A "
+        "wrong PASS, and a wrong FAIL, has a chance of 2.5 % over all claims together (Holm)."))
+
+
+def _changed_items(flips: list[dict[str, Any]]) -> Table:
+    """Which items went which way from one stage to the next."""
+    rows: list[list[str | Cell]] = [[
+        each["task"], each["metric"], f"{each['baseline']} → {each['artifact']}", count_text(each["num_worse"]),
+        count_text(each["num_better"]), count_text(each["num_same"]),
+        ", ".join(each["worse"][:3]) or "–"] for each in flips]
+    numeric = sum(each.get("num_numeric", 0) for each in flips)
+    return Table(
+        title="Items that changed, stage by stage",
+        columns=("task", "metric", "stage", "worse", "better", "same", "got worse, e.g."), rows=rows, numeric=(3, 4, 5),
+        note="Of scores that are 0 or 1, worse is right to wrong and better is wrong to right."
+             + (f" {count_text(numeric)} of the changes lie within rounding." if numeric else ""))
 
 
 def _value_cell(score: dict[str, Any]) -> str | Cell:

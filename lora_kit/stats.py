@@ -1,31 +1,59 @@
-"""Means, differences and their intervals, for items that may come in clusters.
+"""Means and paired differences of item scores with their intervals, and what several claims cost.
 
-Items that share a function, a passage or a conversation are not independent: an
-interval that ignores it is too narrow and calls noise a gain. The cluster is the unit
-here. Everything is a formula; nothing is drawn at random. Reads and writes nothing.
+The item is the unit, and where items share a passage, a function or a conversation, the
+cluster is: an interval that ignores it is too narrow and calls noise a gain. Which method
+of ``intervals.py`` is used follows from the kind and number of the scores, never from how the
+comparison came out:
 
-Sources: the cluster-robust variance with G/(G-1) and Student's t of G-1 degrees of
-freedom is Cameron & Miller, "A Practitioner's Guide to Cluster-Robust Inference",
-Journal of Human Resources 50(2), 2015; its use for evals, paired differences included,
-is Miller, "Adding Error Bars to Evals", arXiv:2411.00640. The score interval of a
-proportion is Wilson, JASA 22, 1927. With few clusters (under about 40), or with one that
-holds most items, the t interval is still somewhat narrow (Cameron & Miller say so too).
+======================================  ====================================================================
+scores                                  interval
+======================================  ====================================================================
+0 or 1, each alone, fewer than 30       exact (Clopper and Pearson): small numbers get no approximation
+0 or 1, each alone, 30 and more         Wilson's
+0 or 1, in clusters                     at each end the wider of cluster-robust t and Wilson's over the items;
+                                        over the clusters where all scores are equal and no spread is seen
+differences of 0 and 1, each alone      Tango's
+differences of 0 and 1, in clusters     at each end the wider of cluster-robust t and Tango's over the items;
+                                        over the clusters where all differences are equal
+any other, 30 clusters and more, and    BCa bootstrap, clusters drawn as wholes, by a fixed seed
+fewer than 25 times squared skewness
+any other                               cluster-robust Student's t (each item its own cluster where none are named)
+of a corpus metric, which is no mean    BCa bootstrap of the items' outcomes, clusters drawn as wholes
+======================================  ====================================================================
 
-Shape suffix: N items.
+The bound of 25 times the squared skewness, under which the normal approximation of a mean is not to
+be trusted, is Cochran's (Sampling Techniques, 3rd ed., 1977, section 2.15). With fewer than 30
+clusters a bootstrap has too little to draw from and is narrower still than t. With few clusters (under about
+40), or with one that holds most items, the t interval is somewhat narrow too (Cameron & Miller
+2015 say so). The use of clusters for evals, paired differences included, is Miller, "Adding Error
+Bars to Evals", arXiv:2411.00640. :func:`holm` is Holm, Scandinavian Journal of Statistics 6 (1979).
+
+Shape suffixes: N items, G clusters. Torch-free; reads and writes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_kit import intervals
+from lora_kit.intervals import Exact, Finding, Tango, Widest, Wilson
+
+FEW_ITEMS = 30
+"""Below this many independent 0-1 scores the interval is exact; from this many clusters on a bootstrap may serve."""
+_COCHRAN = 25
+_CORPUS_RESAMPLES = 2000
+"""Each takes a pass over the outcomes in Python: half as many as of a mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A mean over ``num_items`` items in ``num_clusters`` clusters, with its interval.
 
-    The ends are None where the items cannot tell: fewer than two clusters.
+    ``finding`` is None, and with it the ends, where the items cannot tell: fewer than two clusters.
     """
 
     mean: float | None
@@ -33,6 +61,12 @@ class Estimate:
     ci_high: float | None
     num_items: int
     num_clusters: int
+    finding: Finding | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def method(self) -> str:
+        """The method of the interval; empty without one."""
+        return self.finding.method if self.finding else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +80,7 @@ def mean_interval(
     level: float = 0.95,
     weights: Sequence[float] | None = None,
 ) -> Estimate:
-    """The mean of ``scores`` with a two-sided interval of ``level``.
-
-    Scores that are all 0 or 1 and stand alone get Wilson's interval; all others a
-    cluster-robust t interval. Where 0-1 scores in clusters are all equal there is no spread
-    to estimate from, and Wilson's interval is taken over the clusters instead of the items.
+    """The mean of ``scores`` with a two-sided interval of ``level``; by which method, the module's docstring says.
 
     Args:
         scores: (N,) one number an item.
@@ -58,7 +88,9 @@ def mean_interval(
         level: coverage, between 0 and 1.
         weights: (N,) how much of the mean each item carries, e.g. its number of tokens; None for equal.
     """
-    return Estimate(**_estimate(scores, clusters, level, weights, signed=False))
+    values = [float(value) for value in scores]
+    counted = weights is None and all(value in (0, 1) for value in values)
+    return Estimate(**_estimate(values, clusters, level, weights, _share if counted else None))
 
 
 def paired_difference(
@@ -68,10 +100,7 @@ def paired_difference(
     level: float = 0.95,
     weights: Sequence[float] | None = None,
 ) -> Difference:
-    """The mean of ``a - b`` over the same items, with a cluster-robust t interval.
-
-    Where the differences of 0-1 scores are all equal (no item flipped, or all did), the
-    interval reaches as far as Wilson's for the share of clusters that would differ.
+    """The mean of ``a - b`` over the same items, with its interval as the module's docstring says.
 
     Args:
         a: (N,) scores of one model.
@@ -79,32 +108,82 @@ def paired_difference(
         clusters, level, weights: as for :func:`mean_interval`.
     """
     differences = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
-    binary = all(value in (0, 1) for value in a) and all(value in (0, 1) for value in b)
-    return Difference(**_estimate(differences, clusters, level, weights, signed=True, binary=binary))
+    counted = weights is None and all(value in (0, 1) for value in (*a, *b))
+    return Difference(**_estimate(differences, clusters, level, weights, _flips if counted else None))
+
+
+def corpus_interval(
+    corpus: Callable[[Sequence[Any]], float], outcomes: Sequence[Any], clusters: Sequence[Hashable],
+    level: float = 0.95,
+) -> Estimate:
+    """The value of a corpus metric over all items, such as a correlation or BLEU, with its interval.
+
+    Args:
+        corpus: from the outcomes of any selection of items to the value.
+        outcomes: (N,) what of each item goes into the value.
+        clusters, level: as for :func:`mean_interval`.
+    """
+    return Estimate(**_bootstrapped(lambda items: corpus([outcomes[item] for item in items]), clusters, level))
+
+
+def corpus_difference(
+    corpus: Callable[[Sequence[Any]], float], a: Sequence[Any], b: Sequence[Any], clusters: Sequence[Hashable],
+    level: float = 0.95,
+) -> Difference:
+    """The value over the outcomes ``a`` minus that over ``b`` of the same items, which are drawn together."""
+    assert len(a) == len(b)
+    return Difference(**_bootstrapped(
+        lambda items: corpus([a[item] for item in items]) - corpus([b[item] for item in items]), clusters, level))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the given order: claim those at most alpha, and any is wrong with at most alpha."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def wilson(successes: float, num_items: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for ``successes`` out of ``num_items`` (at least one)."""
-    from scipy.stats import norm
-
-    z = float(norm.ppf(0.5 + level / 2))
-    share = successes / num_items
-    centre = share + z * z / (2 * num_items)
-    half = z * math.sqrt(share * (1 - share) / num_items + z * z / (4 * num_items**2))
-    scale = 1 + z * z / num_items
-    # At 0 and 1 the end is exact; rounding must not move it past.
-    low = 0.0 if successes == 0 else (centre - half) / scale
-    high = 1.0 if successes == num_items else (centre + half) / scale
-    return low, high
+    return Wilson(successes=successes, num_items=num_items).limits(level)
 
 
-def _estimate(scores, clusters, level, weights, *, signed: bool, binary: bool | None = None) -> dict:
+def _bootstrapped(statistic: Callable[[Any], float], clusters: Sequence[Hashable], level: float) -> dict:
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for item, cluster in enumerate(clusters):
+        members[cluster].append(item)
+    found = {"num_items": len(clusters), "num_clusters": len(members), "mean": None, "ci_low": None, "ci_high": None}
+    if not members:
+        return found
+    if len(members) < 2:
+        return found | {"mean": float(statistic(range(len(clusters))))}
+    finding = intervals.bootstrap(statistic, list(members.values()), resamples=_CORPUS_RESAMPLES)
+    low, high = finding.limits(level)
+    return found | {"mean": finding.point, "ci_low": low, "ci_high": high, "finding": finding}
+
+
+def _share(values: Sequence[float], num_items: int) -> Finding:
+    """Of 0-1 scores, their mean taken as that of ``num_items``."""
+    successes = sum(values) / len(values) * num_items
+    kind = Exact if num_items < FEW_ITEMS else Wilson
+    return kind(successes=successes, num_items=num_items)
+
+
+def _flips(differences: Sequence[float], num_items: int) -> Finding:
+    """Of differences of 0-1 scores, their shares taken as those of ``num_items``."""
+    share = num_items / len(differences)
+    return Tango(gained=sum(value > 0 for value in differences) * share,
+                 lost=sum(value < 0 for value in differences) * share, num_items=num_items)
+
+
+def _estimate(values: list[float], clusters, level: float, weights, counted) -> dict:
     import numpy
 
-    assert 0 < level < 1
-    values_N = numpy.asarray(scores, dtype=numpy.float64)
-    num_items = len(values_N)
-    assert values_N.ndim == 1 and numpy.isfinite(values_N).all()
+    assert 0 < level < 1 and all(math.isfinite(value) for value in values)
+    num_items = len(values)
     weights_N = numpy.ones(num_items) if weights is None else numpy.asarray(weights, dtype=numpy.float64)
     assert len(weights_N) == num_items and (weights_N > 0).all()
     keys = range(num_items) if clusters is None else clusters
@@ -112,31 +191,34 @@ def _estimate(scores, clusters, level, weights, *, signed: bool, binary: bool | 
     numbers: dict[Hashable, int] = {}
     cluster_N = numpy.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=numpy.int64)
     num_clusters = len(numbers)
-    found = {"num_items": num_items, "num_clusters": num_clusters, "ci_low": None, "ci_high": None}
+    found = {"num_items": num_items, "num_clusters": num_clusters, "ci_low": None, "ci_high": None, "mean": None}
     if num_items == 0:
-        return found | {"mean": None}
-    mean = float((weights_N * values_N).sum() / weights_N.sum())
-    found["mean"] = mean
+        return found
+    values_N = numpy.asarray(values, dtype=numpy.float64)
+    found["mean"] = float((weights_N * values_N).sum() / weights_N.sum())
     if num_clusters < 2:
         return found
-    if binary is None:
-        binary = bool(numpy.isin(values_N, (0.0, 1.0)).all())
-    all_equal = bool((values_N == values_N[0]).all())
-    if binary and not signed and (all_equal or (num_clusters == num_items and weights is None)):
-        low, high = wilson(mean * num_clusters, num_clusters, level)
-    elif binary and signed and all_equal:
-        reach = wilson(0, num_clusters, level)[1]
-        low, high = max(-1.0, mean - reach), min(1.0, mean + reach)
+    weights_G = numpy.bincount(cluster_N, weights=weights_N)
+    sums_G = numpy.bincount(cluster_N, weights=weights_N * values_N)
+    finding: Finding
+    if counted is not None and num_clusters == num_items:
+        finding = counted(values, num_items)
+    elif counted is not None:
+        if min(values) == max(values):
+            finding = counted(values, num_clusters)
+        else:
+            finding = Widest(parts=(intervals.clustered_t(sums_G, weights_G), counted(values, num_items)))
+    elif FEW_ITEMS <= num_clusters < _COCHRAN * _skewness(sums_G - weights_G * found["mean"])**2:
+        finding = intervals.bootstrap_mean(sums_G, weights_G)
     else:
-        low, high = _clustered_t(values_N, weights_N, cluster_N, num_clusters, mean, level)
-    return found | {"ci_low": low, "ci_high": high}
+        finding = intervals.clustered_t(sums_G, weights_G)
+    low, high = finding.limits(level)
+    return found | {"ci_low": low, "ci_high": high, "finding": finding}
 
 
-def _clustered_t(values_N, weights_N, cluster_N, num_clusters: int, mean: float, level: float) -> tuple[float, float]:
-    import numpy
-    from scipy.stats import t
-
-    residual_of_cluster = numpy.bincount(cluster_N, weights=weights_N * (values_N - mean), minlength=num_clusters)
-    variance = num_clusters / (num_clusters - 1) * float((residual_of_cluster**2).sum()) / float(weights_N.sum()) ** 2
-    half = float(t.ppf(0.5 + level / 2, num_clusters - 1)) * math.sqrt(variance)
-    return mean - half, mean + half
+def _skewness(residuals_G) -> float:
+    """Third standardized moment; 0 where there is no spread."""
+    away_G = residuals_G - residuals_G.mean()
+    square = float((away_G**2).mean())
+    # Equal numbers leave rounding behind, which has a skewness too.
+    return float((away_G**3).mean()) / square**1.5 if square > 1e-24 else 0.0

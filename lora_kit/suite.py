@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import inspect
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from lora_kit import metrics, shipped, yaml_file
+from lora_kit.claims import BASELINE, Gate, Role, problems_with_gate, problems_with_role
+from lora_kit.claims import FEWSHOT as FEWSHOT
 from lora_kit.errors import LoraKitError, RecipeError
 from lora_kit.recipe import Count, Recipe, Section, Sha256
 
@@ -27,8 +30,6 @@ LOSS = "loss"
 """Metric of a ``held_out_loss`` task: nats per trained token, lower is better."""
 BITS = "bits_per_byte"
 """Metric of a ``text`` task: how many bits the model needs for a byte of text, lower is better."""
-FEWSHOT = "base-fewshot"
-"""The subject beside the artifacts: the base, with examples from the training rows in its prompt."""
 
 
 def _as_list(value: Any) -> Any:
@@ -108,28 +109,6 @@ class TextTask(Section):
     """What is independent: texts, or the files that they stand in."""
 
 
-class Gate(Section):
-    """A claim that the evaluation decides: PASS, FAIL or INCONCLUSIVE, by the paired 95 % interval."""
-
-    task: str
-    """One of the suite's tasks."""
-    metric: str | None = None
-    """One of the task's metrics. Default: its first."""
-    artifact: str = "merged"
-    """What the claim is about."""
-    better_than: str | None = None
-    """PASS when the whole interval of the improvement over this artifact (or `base-fewshot`) is above zero, FAIL
-    when none of it is."""
-    no_worse_than: str | None = None
-    """PASS when the whole interval lies above minus `margin`, FAIL when none of it does."""
-    margin: Annotated[float, Field(gt=0)] | None = None
-    """Largest loss that `no_worse_than` accepts, in the metric's own unit."""
-
-    @property
-    def baseline(self) -> str:
-        return self.better_than or self.no_worse_than
-
-
 class SuiteFile(Section):
     """A suite as it is written."""
 
@@ -137,8 +116,10 @@ class SuiteFile(Section):
     """One sentence for people."""
     tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
     """Names of tasks."""
+    roles: Annotated[list[Role], BeforeValidator(_as_list)] = []
+    """What tasks are for; claims follow from it."""
     gates: Annotated[list[Gate], BeforeValidator(_as_list)] = []
-    """Claims to decide."""
+    """Further claims to decide."""
 
 
 KINDS: dict[str, type[Section]] = {"held_out_loss": HeldOutLossTask, "generate": GenerateTask, "text": TextTask}
@@ -165,6 +146,9 @@ class Task:
     def unit(self, metric: str) -> str:
         """Unit or range of the values of ``metric``."""
         return {LOSS: "nats per trained token", BITS: "bits per byte"}.get(metric, "0 to 1")
+    def corpus(self, metric: str) -> Callable[[Sequence[Any]], float] | None:
+        """What makes the value of ``metric`` from items' outcomes; None where the value is the mean of their scores."""
+        return None if metric in (LOSS, BITS) else getattr(metrics.load(metric), "corpus", None)
 
     @property
     def num_fewshot(self) -> int:
@@ -173,7 +157,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A suite with its tasks read; ``gates`` have their metric filled in."""
+    """A suite with its tasks read; ``gates`` are those of its roles and its own, with their metric filled in."""
 
     name: str
     tasks: tuple[Task, ...]
@@ -209,15 +193,16 @@ def suite_of(recipe: Recipe, relative_to: Path) -> Suite:
         return Suite(name="held_out_loss", tasks=(Task(name="held_out_loss", folder=relative_to, spec=spec),))
     made = ["base", "adapter", "merged", *(form.name for form in recipe.quantize)]
     scored = recipe.eval.artifacts or [name for name in made if name != "adapter"]
-    return read_suite(recipe.eval.suite, relative_to, scored)
+    return read_suite(recipe.eval.suite, relative_to, scored, against=BASELINE if recipe.eval.baseline else "base")
 
 
-def read_suite(name: str, relative_to: Path, scored: list[str] | None = None) -> Suite:
+def read_suite(name: str, relative_to: Path, scored: list[str] | None = None, against: str = "base") -> Suite:
     """Read a suite and its tasks.
 
     Args:
         name: of a suite that comes with lora-kit, or the path of a YAML file relative to ``relative_to``.
         scored: the artifacts that will be scored; a gate about any other is an error. None: not checked.
+        against: what roles compare with that name nothing.
     """
     path = _suite_path(name, relative_to)
     suite, tree, places = _read(path, "suite", SuiteFile, "write at least tasks: [held_out_loss]")
@@ -232,12 +217,17 @@ def read_suite(name: str, relative_to: Path, scored: list[str] | None = None) ->
         except RecipeError as error:
             problems += error.problems or [error]
     gates = []
-    for index, gate in enumerate(suite.gates):
-        at = ("gates", index) if isinstance(tree["gates"], list) else ("gates",)
-        found = _problems_with_gate(gate, at, suite.tasks, tasks, scored, places)
-        problems += found
-        if not found and gate.task in tasks:
-            gates.append(gate.model_copy(update={"metric": gate.metric or tasks[gate.task].metrics[0]}))
+    for key, entries in (("roles", suite.roles), ("gates", suite.gates)):
+        for index, entry in enumerate(entries):
+            at = (key, index) if isinstance(tree[key], list) else (key,)
+            found = problems_with_role(entry, at, places) if isinstance(entry, Role) else []
+            claims = [entry] if isinstance(entry, Gate) else [] if found else entry.gates(against)
+            for gate in claims:
+                found += problems_with_gate(gate, at, suite.tasks, tasks, scored, places)
+                if not found and gate.task in tasks:
+                    gates.append(gate.model_copy(update={"metric": gate.metric or tasks[gate.task].metrics[0]}))
+            # The claims of one role share its mistakes.
+            problems += {str(problem): problem for problem in found}.values()
     if problems:
         raise RecipeError.of(problems)
     return Suite(name=path.stem, tasks=tuple(tasks.values()), gates=tuple(gates))
@@ -340,39 +330,4 @@ def _problems_with_text(spec: TextTask, places: yaml_file.Places) -> list[LoraKi
     if spec.max_chars < spec.min_chars:
         problems.append(RecipeError(places.of(("max_chars",)), f"'max_chars' ({spec.max_chars}) is below 'min_chars' "
                                     f"({spec.min_chars})", "raise it, or lower min_chars"))
-    return problems
-
-
-def _problems_with_gate(gate: Gate, at: tuple, names: list[str], tasks: dict[str, Task], scored: list[str] | None,
-                        places: yaml_file.Places) -> list[LoraKitError]:
-    problems: list[LoraKitError] = []
-
-    def report(key: str, what: str, todo: str) -> None:
-        problems.append(RecipeError(places.of((*at, key)), what, todo))
-
-    if gate.task not in names:
-        near = difflib.get_close_matches(gate.task, names, n=1)
-        report("task", f"the gate's task '{gate.task}' is not among the suite's",
-               f"did you mean '{near[0]}'?" if near else f"the suite has: {', '.join(names)}")
-    task = tasks.get(gate.task)
-    if task and gate.metric is not None and gate.metric not in task.metrics:
-        report("metric", f"task '{gate.task}' has no metric '{gate.metric}'", f"it has: {', '.join(task.metrics)}")
-    if (gate.better_than is None) == (gate.no_worse_than is None):
-        report("better_than", "a gate has one of better_than and no_worse_than", "give exactly one of them")
-        return problems
-    if gate.no_worse_than is not None and gate.margin is None:
-        report("no_worse_than", "'margin' is missing", "say how much worse is still no worse, in the metric's unit")
-    if gate.better_than is not None and gate.margin is not None:
-        report("margin", "'margin' has no effect: better_than asks for more than zero", "remove it")
-    if gate.artifact == gate.baseline:
-        report("artifact", f"the gate compares {gate.artifact} with itself", "name another")
-    for key in ("artifact", "better_than", "no_worse_than"):
-        name = getattr(gate, key)
-        if name == FEWSHOT:
-            if task and not task.num_fewshot:
-                report(key, f"task '{gate.task}' has no few-shot form", "set num_fewshot in its task.yaml")
-            if scored is not None and "base" not in scored:
-                report(key, "base is not scored by this recipe", "add it to eval.artifacts")
-        elif name is not None and scored is not None and name not in scored:
-            report(key, f"'{name}' is not scored by this recipe", f"scored are: {', '.join(scored)}")
     return problems

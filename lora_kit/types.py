@@ -179,14 +179,25 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The answer to one claim, with the evidence in words and numbers."""
+    """The answer to one claim, with the evidence in words and numbers.
+
+    Args:
+        role: of a gate: ``target``, ``retain`` or ``floor``; else None.
+        artifact: what a gate is about; else None.
+        num_items_to_decide: of an inconclusive gate, about how many items would decide; None where none would or
+            nobody can tell.
+    """
 
     outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
     claim: str
     evidence: str
+    role: str | None = None
+    artifact: str | None = None
+    num_items_to_decide: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields that say something."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,10 +176,14 @@ def _eval(folder: Path, num_steps: int, text: str) -> dict:
                 "difference": mean, "ci_low": mean - 0.1, "ci_high": mean + 0.1, "num_items": 64, "num_clusters": 64}
 
     verdicts = [{"outcome": "PASS", "claim": "held_out loss: merged better than base",
-                 "evidence": "difference -0.47 [-0.57, -0.37] at 95 %, lower is better, 64 items in 64 clusters"}]
+                 "evidence": "difference -0.47 [-0.57, -0.37] at 95 %, lower is better, 64 items in 64 clusters",
+                 "role": "target", "artifact": "merged"}]
     _json(folder / "scores.json", {
         "format": 1, "suite": "chat", "scores": [score("base", 4.2), score("merged", 3.73), score("gguf-q8_0", None)],
         "differences": [difference("merged", -0.47), difference("bitsandbytes-nf4", 0.05)], "verdicts": verdicts,
+        "flips": [{"task": "held_out", "metric": "loss", "artifact": "merged", "baseline": "base", "num_items": 64,
+                   "is_binary": False, "num_better": 60, "num_worse": 4, "num_same": 0, "num_numeric": 0,
+                   "better": ["d.jsonl:9 [0]"], "worse": [f"d.jsonl:11 [2] {text}"]}],
         "not_measured": [{"artifact": "gguf-q8_0", "task": "held_out", "why": f"not installed {text}"}],
         "tasks": {"held_out": {"kind": "held_out_loss", "description": "Loss on unseen rows.", "num_items": 64,
                                "num_rows": 64, "num_left_out": 0, "num_not_drawn": 0, "unusable": {}}},

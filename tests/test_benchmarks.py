@@ -50,3 +50,12 @@ def test_fast_parts(tmp_path):
     assert len({round(line["loss"], 1) for line in figures}) == 1
     assert all(line["tokens_per_second"] > 0 for line in figures)
     assert "to padded" in printed
+
+
+def test_gate_power(tmp_path):
+    figures, printed = quick("gate_power.py", tmp_path)
+    rows = {(row["truth"], row["verdict"]): row for row in figures["rows"]}
+    assert all(row["kept"] for row in rows.values()) and "MISSED" not in printed
+    assert rows["A/A, 5% flips, must improve", "FAIL"]["share"] < 0.05
+    assert rows["drop of 6.4 points, 5% flips, must improve", "FAIL"]["share"] > 0.7
+    assert rows["drop of 16.5 points, 4 looks", "FAIL"]["mean_items"] < 150

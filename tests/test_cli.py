@@ -267,6 +267,55 @@ def test_a_failed_gate_still_ends_with_the_report(world, no_torch):
     assert done.stderr == "a claim: FAIL: shown otherwise; see the report\n"
 
 
+@pytest.mark.parametrize(("option", "code", "said"), [
+    ([], 3, "a claim: INCONCLUSIVE: too few; see the report\n"), (["--inconclusive", "pass"], 0, ""),
+    (["--inconclusive", "fail"], 1, "a claim: INCONCLUSIVE: too few; see the report\n"),
+])
+@pytest.mark.parametrize("verb", ["run", "eval"])
+def test_what_an_inconclusive_gate_counts_as(world, no_torch, verb, option, code, said):
+    seal = world.run / "eval" / "stage.json"
+    seal.write_text(seal.read_text().replace(
+        '"verdicts": []', '"verdicts": [{"outcome": "INCONCLUSIVE", "claim": "a claim", "evidence": "too few"}]'))
+    done = world.lora_kit(verb, "tiny.yaml" if verb == "run" else world.run, *option, PYTHONPATH=no_torch)
+    assert (done.returncode, done.stderr) == (code, said), done.stdout
+
+
+def test_eval_says_what_gates_can_show_without_torch(world, no_torch):
+    (world.folder / "suite.yaml").write_text("tasks: [held_out_loss]\nroles: {task: held_out_loss, role: target}\n")
+    lines = ok(world, "eval", "--dry-run", "tiny.yaml", PYTHONPATH=no_torch)
+    assert lines[-1] == "the suite claims nothing: it has neither roles nor gates"
+    recipe = world.folder / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace('"samples": 1', '"suite": "./suite.yaml", "samples": 1'))
+    text = "\n".join(ok(world, "eval", "--dry-run", "tiny.yaml", PYTHONPATH=no_torch))
+    assert "held_out_loss loss: merged better than base: with 8 items nothing can be said yet" in text
+    assert "merged better than base" in "\n".join(ok(world, "eval", "tiny.yaml", "--dry-run", PYTHONPATH=no_torch))
+
+
+def test_a_baseline_is_written_from_a_finished_run_and_compared_with(world, no_torch):
+    lines = ok(world, "eval", world.run, "--write-baseline", "baseline.lock", PYTHONPATH=no_torch)
+    size = (world.folder / "baseline.lock").stat().st_size
+    assert lines[-1] == f"baseline baseline.lock: base, merged on held_out_loss, {size:,} bytes" and size < 3000
+    (world.folder / "suite.yaml").write_text(
+        "tasks: [held_out_loss]\nroles: {task: held_out_loss, role: retain, margin: 0.01}\n")
+    done = world.lora_kit("run", "tiny.yaml", "--set", "eval.suite=./suite.yaml",
+                          "--set", "eval.baseline=baseline.lock", "--set", 'eval.artifacts=["merged"]')
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (world.run / "report" / "report.md").read_text()
+    assert "merged no worse than baseline" in page and "baseline/merged → merged" in page
+    text = "\n".join(ok(world, "eval", world.run, "--dry-run", "--baseline", "baseline.lock", PYTHONPATH=no_torch))
+    assert "with 8 items a drop under" in text
+
+    assert "nowhere.lock: no such baseline" in refused(
+        world, "eval", world.run, "--baseline", "nowhere.lock", code=2, PYTHONPATH=no_torch)
+    lock = world.folder / "baseline.lock"
+    lock.write_text(lock.read_text().replace('"settings": "', '"settings": "0'))
+    assert refused(world, "eval", world.run, "--baseline", "baseline.lock", code=7).endswith(
+        "was made with other settings of task held_out_loss; make it again with lora-kit eval RUN --write-baseline")
+    lock.write_text("{}")
+    assert "baseline.lock: is not a whole baseline" in refused(
+        world, "eval", world.run, "--baseline", "baseline.lock", code=7, PYTHONPATH=no_torch)
+
+
 # ---- one artifact ----------------------------------------------------------------------
 
 

@@ -1,14 +1,16 @@
 """The eval stage over a tiny base and a merged model that was trained on what is held out."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from lora_kit import chat, evaluation, events, isolate, rows, scoring, tokens
-from lora_kit.errors import MachineError, RecipeError
+from lora_kit import baseline, chat, evaluation, events, isolate, rows, scoring, tokens
+from lora_kit.errors import MachineError, RecipeError, RefusedError
 from lora_kit.recipe import Recipe
+from lora_kit.suite import read_suite
 from lora_kit.types import Artifact, Conversation, Message
 from tests.tiny_run import call_here
 
@@ -229,3 +231,98 @@ def test_what_is_forgotten_is_measured_on_text_that_the_machine_brings(tmp_path,
     assert not values["python_prose", "base"]["higher_is_better"]
     assert [verdict.outcome for verdict in result.verdicts] == ["FAIL", "FAIL"], result.verdicts
     assert "python_prose bits_per_byte: base" in result.summary
+
+
+ROLES = """
+tasks: [loss, answers]
+roles:
+  - {task: loss, role: retain, margin: 0.1, at_most: 5.0}
+  - {task: answers, role: retain, margin: 0.1}
+  - {task: answers, role: target, metric: token_f1, against: baseline/base}
+"""
+
+
+@pytest.fixture
+def again(scored, tmp_path, monkeypatch):
+    """The run once more, its artifacts scoring what they scored before; with a lock of what that was."""
+    folder = tmp_path / "run"
+    shutil.copytree(scored.run.path, folder)
+    run = FakeRun(folder, {name: scored.run.artifact(name) for name in ("base", "merged")})
+    shutil.move(run.work("eval"), run.stage_dir("eval"))
+    baseline.write(run, read_suite("mine/suites/own.yaml", folder), folder / "baseline.lock")
+    (folder / "mine" / "suites" / "own.yaml").write_text(ROLES)
+    run.work("eval").mkdir()
+    called = []
+
+    def call(function, arguments, **options):
+        name = arguments["artifact"]["name"]
+        called.append(name)
+        (Path(arguments["work_dir"]) / name).mkdir()
+        shutil.copy(scored.work / name / "items.jsonl", Path(arguments["work_dir"]) / name)
+        value = {"engines": {}, "not_measured": [], "samples": None, "check": None}
+        return isolate.Isolated(value=value, seconds=1.0, peak_memory_bytes=1)
+
+    monkeypatch.setattr(isolate, "call", call)
+    return SimpleNamespace(run=run, called=called, lock=folder / "baseline.lock")
+
+
+def test_a_lock_stands_in_for_earlier_models(again):
+    result = evaluation.stage(
+        recipe(suite="mine/suites/own.yaml", artifacts=["merged"], baseline="baseline.lock"), again.run)
+    assert again.called == ["merged"] and again.lock.stat().st_size < 4000
+    same, floor, few, better = result.verdicts
+    assert (same.outcome, same.claim) == ("PASS", "loss loss: merged no worse than baseline (margin 0.1)")
+    assert same.evidence.startswith("difference 0 [0, 0]")
+    assert (floor.outcome, floor.role) == ("PASS", "floor") and better.outcome == "PASS"
+    # No flip among eight items says little, and how many would say enough.
+    assert few.outcome == "INCONCLUSIVE" and 30 < few.num_items_to_decide < 200
+    scores = json.loads((again.run.work("eval") / "scores.json").read_text())
+    assert {entry["artifact"] for entry in scores["scores"]} == {"merged"}
+    assert {(entry["artifact"], entry["baseline"]) for entry in scores["flips"]} == {("merged", "baseline/merged")}
+    assert scores["verdicts"][2]["num_items_to_decide"] == few.num_items_to_decide
+
+
+def test_a_lock_of_other_questions_is_refused_before_anything_is_scored(again):
+    with open(again.run.path / "data" / "held_out.jsonl", "a") as file:
+        file.write(rows.to_json(Conversation(messages=(
+            Message(role="user", content="say more"), Message(role="assistant", content="ok")), origin="x:1")) + "\n")
+    with pytest.raises(RefusedError, match="baseline.lock: was made with other prompts: 1 of 9 items of task answers"):
+        evaluation.stage(recipe(suite="mine/suites/own.yaml", baseline="baseline.lock"), again.run)
+    assert again.called == []
+    shutil.rmtree(again.run.work("eval"))
+    again.run.work("eval").mkdir()
+    with pytest.raises(RecipeError, match="nowhere.lock: no such baseline"):
+        evaluation.stage(recipe(suite="mine/suites/own.yaml", baseline="nowhere.lock"), again.run)
+
+
+def test_items_that_fail_fail_the_evaluation(again, scored):
+    lines = [json.loads(line) for line in (scored.work / "merged" / "items.jsonl").read_text().splitlines()]
+    failed = [{**line, "score": None, "error": "no memory"} if line["item_id"] == lines[0]["item_id"] else line
+              for line in lines]
+    real = isolate.call
+
+    def call(function, arguments, **options):
+        done = real(function, arguments, **options)
+        if arguments["artifact"]["name"] == "merged":
+            path = Path(arguments["work_dir"]) / "merged" / "items.jsonl"
+            path.write_text("".join(json.dumps(line) + "\n" for line in failed))
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolate, "call", call)
+        with pytest.raises(MachineError, match=r"task loss: 1 of 8 items of merged have no loss, more than "
+                           r"eval\.max_errors allows \(10 %\); the first: no memory"):
+            evaluation.stage(recipe(suite="mine/suites/own.yaml"), again.run)
+        shutil.rmtree(again.run.work("eval"))
+        again.run.work("eval").mkdir()
+        result = evaluation.stage(recipe(suite="mine/suites/own.yaml", max_errors=0.2), again.run)
+    assert result.figures["scores"][-3]["num_errors"] == 1 and result.figures["scores"][-3]["num_items"] == 7
+
+
+def test_flips_are_told_stage_by_stage(scored):
+    found = {(entry["metric"], entry["artifact"], entry["baseline"]): entry for entry in scored.scores["flips"]}
+    assert set(found) == {(metric, "merged", "base") for metric in ("loss", "exact_match", "token_f1")}
+    exact = found["exact_match", "merged", "base"]
+    assert (exact["num_better"], exact["num_worse"], exact["is_binary"]) == (8, 0, True)
+    tables = [event for event in scored.told if isinstance(event, events.Table)]
+    assert [table.title for table in tables] == ["Scores", "Items that changed, stage by stage"]

@@ -96,3 +96,13 @@ def test_watch_training(world, capsys):
     assert f"    1/5 {'#' * 20} {losses[0]}" in shown and shown[-1].startswith("held-out loss after step 5: ")
     assert run_example("watch_training", "--recipe", "tiny.yaml", "--set", "train.steps=5") == []  # done already
     assert "train: done" in capsys.readouterr().out
+
+
+def test_verdicts(capsys):
+    improve, five, two = run_example("verdicts", "--lost", "9", "--gained", "13")
+    shown = capsys.readouterr().out
+    assert [verdict.outcome for verdict in (improve, five, two)] == ["INCONCLUSIVE", "PASS", "INCONCLUSIVE"]
+    # docs/eval.md shows these numbers.
+    page = (tiny_run.ROOT / "docs" / "eval.md").read_text()
+    for line in shown.strip().splitlines():
+        assert line.rstrip() in page, line

@@ -11,12 +11,18 @@ def lines(scores, clusters=None, weights=None):
              "weight": weights[i] if weights else 1} for i, score in enumerate(scores)]
 
 
+def decide(gate, items, baseline_items, higher=True, why_not=""):
+    found = gates.evidence(items, baseline_items, gate, higher_is_better=higher, why_not=why_not)
+    return gates.decide([gate], [found])[0]
+
+
 def compare(a, b, higher=True):
     return gates.difference(a, b, task="t", artifact="merged", baseline="base", metric="m", higher_is_better=higher)
 
 
 BETTER = Gate(task="t", metric="m", better_than="base")
 NO_WORSE = Gate(task="t", metric="m", no_worse_than="base", margin=0.1)
+FLOOR = Gate(task="t", metric="m", at_least=0.5)
 
 
 @pytest.mark.parametrize("gate, changes, higher, outcome", [
@@ -35,7 +41,7 @@ NO_WORSE = Gate(task="t", metric="m", no_worse_than="base", margin=0.1)
 def test_outcomes(gate, changes, higher, outcome):
     base = [0.31, 0.52, 0.43, 0.64][:len(changes)]
     tuned = [score + change for score, change in zip(base, changes, strict=True)]
-    found = gates.decide(gate, compare(lines(tuned), lines(base), higher))
+    found = decide(gate, lines(tuned), lines(base), higher)
     assert found.outcome == outcome, found
 
 
@@ -56,13 +62,88 @@ def test_clusters_widen_and_weights_count():
 
 
 def test_nothing_to_compare_is_inconclusive_and_says_why():
-    found = gates.decide(BETTER, None, "merged was not measured: no engine")
+    found = decide(BETTER, None, lines([1.0]), why_not="merged was not measured: no engine")
     assert (found.outcome, found.evidence) == ("INCONCLUSIVE", "merged was not measured: no engine")
-    assert gates.decide(BETTER, compare(lines([None]), lines([1.0]))).evidence == "no item has a score from both"
+    assert decide(BETTER, lines([None]), lines([1.0])).evidence == "no item has a score from both"
+    assert decide(FLOOR, lines([None]), None).evidence == "no item has a score"
+    one = decide(BETTER, lines([1.0]), lines([0.0]))
+    assert one.evidence == "difference 1, no interval: 1 items in 1 clusters" and one.num_items_to_decide is None
 
 
 def test_a_verdict_says_its_numbers():
-    found = gates.decide(BETTER, compare(lines([2.0, 2.5, 3.0]), lines([3.0, 3.4, 4.1]), higher=False))
+    found = decide(BETTER, lines([2.0, 2.5, 3.0]), lines([3.0, 3.4, 4.1]), higher=False)
     assert found.claim == "t m: merged better than base"
     assert found.evidence == "difference -1 [-1.25, -0.752] at 95 %, lower is better, 3 items in 3 clusters"
-    assert gates.decide(NO_WORSE, None).claim == "t m: merged no worse than base (margin 0.1)"
+    assert (found.role, found.artifact) == ("target", "merged")
+    assert gates.claim_of(NO_WORSE) == "t m: merged no worse than base (margin 0.1)"
+    assert gates.claim_of(FLOOR) == "t m: merged at least 0.5"
+    assert gates.claim_of(Gate(task="t", metric="m", at_most=2.0)) == "t m: merged at most 2"
+
+
+def binary(num_right, num_items=200):
+    return lines([1.0] * num_right + [0.0] * (num_items - num_right))
+
+
+@pytest.mark.parametrize("gate, items, higher, outcome", [
+    (FLOOR, binary(120), True, "PASS"), (FLOOR, binary(80), True, "FAIL"), (FLOOR, binary(103), True, "INCONCLUSIVE"),
+    (FLOOR, binary(12, 20), True, "INCONCLUSIVE"), (FLOOR, binary(16, 20), True, "PASS"),
+    (Gate(task="t", metric="loss", at_most=2.0), lines([1.8, 1.7, 1.9, 1.85]), False, "PASS"),
+    (Gate(task="t", metric="loss", at_most=2.0), lines([2.2, 2.3, 2.1, 2.15]), False, "FAIL"),
+])
+def test_floors(gate, items, higher, outcome):
+    found = decide(gate, items, None, higher)
+    assert found.outcome == outcome and found.role == "floor" and found.evidence.startswith("score "), found
+
+
+def test_an_inconclusive_verdict_says_how_many_items_would_decide():
+    # 6 of 200 lost, 4 gained: a difference of -0.01 against a margin of 0.03.
+    base, tuned = binary(100), lines([0.0] * 6 + [1.0] * 94 + [1.0] * 4 + [0.0] * 96)
+    gate = Gate(task="t", metric="m", no_worse_than="base", margin=0.03)
+    found = decide(gate, tuned, base)
+    assert found.outcome == "INCONCLUSIVE"
+    assert found.evidence.endswith(
+        f"; about {found.num_items_to_decide:,} items would decide, if it stays -0.01"), found.evidence
+    assert 900 < found.num_items_to_decide < 1300  # (1.96 + 0.84)^2 * 0.05 / 0.02^2 = 980, were all spread the same
+    # With as many items, four in five samples of such models do decide.
+    import numpy
+
+    shares = [0.03, 0.02, 0.95]
+    counts = numpy.random.default_rng(8).multinomial(found.num_items_to_decide, shares, size=1000)
+    from lora_kit.intervals import tango_z
+
+    z = tango_z(counts[:, 1], counts[:, 0], found.num_items_to_decide, -0.03)
+    assert 0.76 < (z > 1.96).mean() < 0.86
+    on_it = decide(Gate(task="t", metric="m", no_worse_than="base", margin=0.01), tuned, base)
+    assert on_it.evidence.endswith("it lies so near -0.01 that more items would hardly decide")
+
+
+def test_of_several_gates_holm_holds_the_level():
+    # Alone this difference would be shown (p 0.009); as one of three claims that show nothing it is not.
+    base, tuned = binary(100), lines([0.0] * 4 + [1.0] * 96 + [1.0] * 14 + [0.0] * 86)
+    gate = BETTER
+    alone = decide(gate, tuned, base)
+    assert alone.outcome == "PASS" and "Holm" not in alone.evidence
+    found = gates.evidence(tuned, base, gate, higher_is_better=True)
+    nothing = gates.evidence(base, base, gate, higher_is_better=True)
+    first, *others = gates.decide([gate] * 3, [found, nothing, nothing])
+    assert first.outcome == "INCONCLUSIVE" and "; alone it would PASS, one of 3 gates it does not (Holm)" \
+        in first.evidence
+    assert {verdict.outcome for verdict in others} == {"INCONCLUSIVE"}
+    # Several that are shown share what the level allows.
+    verdicts = gates.decide([gate] * 2, [found, found])
+    assert [verdict.outcome for verdict in verdicts] == ["PASS", "PASS"]
+    assert verdicts[0].evidence.endswith("; p 0.018 over 2 gates (Holm)")
+
+
+def test_flips_by_stage():
+    earlier = lines([1.0, 1.0, 0.0, 0.0, 1.0, None])
+    later = lines([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    for index, margins in ((1, (0.00005, -0.00005)), (4, (3.0, -2.0))):
+        earlier[index]["margin"], later[index]["margin"] = margins
+    found = gates.flips(later, earlier, task="t", metric="m", artifact="gguf-q8_0", baseline="merged",
+                        higher_is_better=True)
+    assert (found["num_items"], found["num_worse"], found["num_better"], found["num_same"]) == (5, 2, 1, 2)
+    assert (found["worse"], found["better"], found["is_binary"], found["num_numeric"]) == (["1", "4"], ["2"], True, 1)
+    losses = gates.flips(lines([2.0, 1.0]), lines([1.5, 1.2]), task="t", metric="loss", artifact="a", baseline="b",
+                         higher_is_better=False)
+    assert (losses["num_worse"], losses["num_better"], losses["is_binary"]) == (1, 1, False)

@@ -1,5 +1,6 @@
 """report.py on a run written by hand: well-formed, self-contained, safe, and honest about what is missing."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -142,6 +143,24 @@ def test_a_badge_belongs_to_its_artifact(tmp_path):
     assert found.outcomes_of("merged") == ["PASS", "PASS"]  # its certificate and the gate
     assert found.outcomes_of("gguf-q8_0") == ["FAIL"]
     assert found.outcomes_of("base") == found.outcomes_of("bitsandbytes-nf4") == []
+
+
+def test_claims_flips_and_what_would_decide(tmp_path):
+    run = paper.write(tmp_path)
+    scores = json.loads((run.path / "eval" / "scores.json").read_text())
+    scores["verdicts"] += [
+        {"outcome": "INCONCLUSIVE", "claim": "arc acc: merged no worse than base (margin 0.02)", "evidence": "e",
+         "role": "retain", "artifact": "merged", "num_items_to_decide": 1200},
+        {"outcome": "INCONCLUSIVE", "claim": "arc acc: merged at least 0.5", "evidence": "e", "role": "floor",
+         "artifact": "merged"}]
+    scores["flips"][0]["num_numeric"] = 2
+    (run.path / "eval" / "scores.json").write_text(json.dumps(scores))
+    page, markdown, _ = pages(run)
+    for shown in ("about 1,200 items", "not known", "decided", "retain", "floor", "Items that changed, stage by stage",
+                  "base → merged", "d.jsonl:11", "2 of the changes lie within rounding"):
+        assert shown in page.text and (shown in markdown or shown.replace("[", "\\[") in markdown), shown
+    found = report_findings.read(paper.recipe(), run)
+    assert found.outcomes_of("merged").count("INCONCLUSIVE") == 2
 
 
 def test_an_unreadable_file_is_named(tmp_path):

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 
-from lora_kit.stats import mean_interval, paired_difference, wilson
+from lora_kit.stats import corpus_difference, corpus_interval, holm, mean_interval, paired_difference, wilson
 
 
 def test_unclustered_t_interval_equals_scipys():
@@ -52,9 +52,59 @@ def test_wilson_published_case():
 def test_binary_scores_get_wilson_and_clusters_without_spread_get_it_over_clusters():
     found = mean_interval([1.0] * 81 + [0.0] * 182)
     assert (found.ci_low, found.ci_high) == pytest.approx(wilson(81, 263))
-    nothing = mean_interval([0.0] * 100, [index // 5 for index in range(100)])
+    nothing = mean_interval([0.0] * 200, [index // 5 for index in range(200)])
     assert (nothing.mean, nothing.ci_low) == (0.0, 0.0)
-    assert nothing.ci_high == pytest.approx(wilson(0, 20)[1])
+    assert nothing.ci_high == pytest.approx(wilson(0, 40)[1])
+
+
+def test_the_method_follows_kind_and_number_of_the_scores():
+    generator = numpy.random.default_rng(5)
+    binary, pairs = [0.0, 1.0] * 20, [index // 2 for index in range(40)]
+    skewed, even = generator.lognormal(0, 1.5, 40).tolist(), generator.normal(size=40).tolist()
+    assert mean_interval(binary[:20]).method == "exact" and mean_interval(binary).method == "Wilson"
+    assert mean_interval(binary, pairs).method == "clustered t and Wilson"
+    assert mean_interval(even).method == "t" and mean_interval(skewed).method == "BCa bootstrap"
+    assert mean_interval(skewed[:29]).method == "t" and mean_interval(skewed, pairs).method == "clustered t"
+    assert paired_difference(binary, [0.0] * 40).method == "Tango"
+    assert paired_difference(binary, [0.0] * 40, [0] + pairs[1:]).method == "clustered t and Tango"
+    assert mean_interval(binary, weights=[1.0, 2.0] * 20).method == "clustered t"
+    assert mean_interval([0.4]).method == ""
+    for scores in (skewed, [-value for value in skewed]):  # never by which side the scores lie on
+        assert paired_difference(scores, [0.0] * 40).method == "BCa bootstrap"
+
+
+def test_one_flip_among_clustered_items_is_not_called_sure():
+    # The spread of one flip is seen in one cluster only: t alone would leave out losses of two items.
+    clusters = [index // 2 for index in range(200)]
+    found = paired_difference([0.0] * 199 + [1.0], [0.0] * 200, clusters)
+    alone = paired_difference([0.0] * 199 + [1.0], [0.0] * 200)
+    assert (found.ci_low, found.ci_high) == pytest.approx((alone.ci_low, alone.ci_high)) and alone.ci_low < -0.013
+
+
+def test_a_corpus_metric_is_resampled_by_clusters():
+    generator = numpy.random.default_rng(6)
+    a, b = (generator.integers(0, 5, (60, 2)) + [extra, 4] for extra in (2, 0))
+
+    def ratio(outcomes):
+        return sum(top for top, _ in outcomes) / sum(bottom for _, bottom in outcomes)
+
+    alone = corpus_interval(ratio, a.tolist(), range(60))
+    # Of a ratio of sums, the delta method is the t interval with the denominators as weights.
+    delta = mean_interval(a[:, 0] / a[:, 1], weights=a[:, 1])
+    assert alone.mean == pytest.approx(delta.mean) and alone.method == "BCa bootstrap"
+    assert (alone.ci_low, alone.ci_high) == pytest.approx((delta.ci_low, delta.ci_high), rel=0.03)
+    paired = corpus_difference(ratio, a.tolist(), b.tolist(), range(60))
+    assert paired.mean == pytest.approx(ratio(a) - ratio(b)) and paired.ci_low > 0
+    doubled = corpus_interval(ratio, [*a.tolist(), *a.tolist()], [*range(60), *range(60)])
+    assert doubled.ci_high - doubled.ci_low == pytest.approx(alone.ci_high - alone.ci_low, rel=0.1)
+    assert corpus_interval(ratio, a.tolist()[:1], ["x"]).ci_low is None
+    assert corpus_interval(ratio, [], []).mean is None
+
+
+def test_holm_by_hand():
+    # Holm 1979: multiply the smallest by the number of claims, the next by one less, never falling.
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
 
 
 def test_paired_difference_by_hand():

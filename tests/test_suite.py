@@ -83,10 +83,10 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
         "tasks/broken/task.yaml:6: unknown key 'max_new_token'; did you mean 'max_new_tokens'?",
         "tasks/broken/task.yaml:7: 'cluster_by' is 'fun'; input should be 'item' or 'function'",
         "suites/mine.yaml:6: task 'answers' has no metric 'rouge_l'; it has: exact_match, token_f1",
-        "suites/mine.yaml:8: a gate has one of better_than and no_worse_than; give exactly one of them",
+        "suites/mine.yaml:8: a gate has one of better_than, no_worse_than, at_least, at_most; give one",
         "suites/mine.yaml:10: the gate's task 'anwsers' is not among the suite's; did you mean 'answers'?",
         "suites/mine.yaml:11: 'margin' is missing; say how much worse is still no worse, in the metric's unit",
-        "suites/mine.yaml:12: 'margin' has no effect: better_than asks for more than zero; remove it",
+        "suites/mine.yaml:12: 'margin' has no effect: better_than has none; remove it",
         "suites/mine.yaml:12: task 'answers' has no few-shot form; set num_fewshot in its task.yaml",
         "suites/mine.yaml:13: the gate compares base with itself; name another",
     ]
@@ -161,3 +161,56 @@ def test_the_general_and_ci_suites_claim_that_nothing_is_lost(tmp_path):
 def test_mistakes_of_a_text_task_are_told(tmp_path, text, told):
     [problem] = problems(write(tmp_path, "tasks: [t]\n", t=f"kind: text\n{text}"))
     assert told in problem
+
+
+def test_roles_become_gates(tmp_path):
+    path = write(
+        tmp_path,
+        "tasks: [answers, loss]\n"
+        "roles:\n  - {task: answers, role: target, at_least: 0.5}\n"
+        "  - {task: loss, role: retain, margin: 0.02, artifacts: [merged, gguf-q8_0]}\n"
+        "gates:\n  - {task: answers, metric: token_f1, artifact: gguf-q8_0, no_worse_than: merged, margin: 0.01}\n",
+        answers=ANSWERS, loss="kind: held_out_loss\n")
+    found = [(gate.role, gate.task, gate.metric, gate.artifact, gate.baseline, gate.bound)
+             for gate in read_suite(str(path), tmp_path, ["base", "merged", "gguf-q8_0"]).gates]
+    assert found == [
+        ("target", "answers", "exact_match", "merged", "base", 0.0),
+        ("floor", "answers", "exact_match", "merged", None, 0.5),
+        ("retain", "loss", "loss", "merged", "base", -0.02),
+        ("retain", "loss", "loss", "gguf-q8_0", "base", -0.02),
+        ("retain", "answers", "token_f1", "gguf-q8_0", "merged", -0.01)]
+    # Of a baseline.lock, base need not be scored.
+    gates = read_suite(str(path), tmp_path, ["merged", "gguf-q8_0"], against="baseline").gates
+    assert [gate.baseline for gate in gates] == ["baseline", None, "baseline", "baseline", "merged"]
+
+
+def test_a_baseline_in_the_recipe_is_what_roles_compare_with(tmp_path):
+    write(tmp_path, "tasks: loss\nroles: {task: loss, role: target}\n", loss="kind: held_out_loss\n")
+    fields = {"name": "r", "model": {"base": "b"}, "data": {"train": {"source": "x.jsonl"}}}
+    for section, baseline in (({}, "base"), ({"baseline": "baseline.lock"}, "baseline")):
+        recipe = Recipe(**fields, eval={"suite": "suites/mine.yaml", **section})
+        assert [gate.baseline for gate in suite_of(recipe, tmp_path).gates] == [baseline]
+
+
+def test_mistakes_in_roles(tmp_path):
+    path = write(
+        tmp_path,
+        "tasks: [answers, loss]\nroles:\n  - {task: answers, role: retain}\n"
+        "  - {task: answers, role: target, margin: 0.1}\n"
+        "  - {task: loss, role: target, at_least: 2.0, artifacts: [merged, gguf-q8_0]}\n"
+        "  - {task: answers, role: target, at_most: 0.5, against: merged}\n"
+        "  - {task: anwsers, role: target, artifacts: [merged, base]}\n"
+        "  - {task: answers, role: traget}\n",
+        answers=ANSWERS, loss="kind: held_out_loss\n")
+    assert problems(path) == ["suites/mine.yaml:8: 'roles.5.role' is 'traget'; input should be 'target' or 'retain'"]
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "traget" not in line))
+    assert problems(path, ["base", "merged"]) == [
+        "suites/mine.yaml:3: 'margin' is missing; say how much worse is still no worse, in the metric's unit",
+        "suites/mine.yaml:4: 'margin' has no effect: a target must get better; remove it",
+        "suites/mine.yaml:5: 'at_least' is no floor: of loss, less is better; write at_most",
+        "suites/mine.yaml:5: 'gguf-q8_0' is not scored by this recipe; scored are: base, merged",
+        "suites/mine.yaml:6: the gate compares merged with itself; name another",
+        "suites/mine.yaml:6: 'at_most' is no floor: of exact_match, more is better; write at_least",
+        "suites/mine.yaml:7: the role's task 'anwsers' is not among the suite's; did you mean 'answers'?",
+        "suites/mine.yaml:7: the gate compares base with itself; name another",
+    ]
