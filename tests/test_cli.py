@@ -7,6 +7,7 @@ that the right ones run, on the right run, and that the output says so.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pty
 import re
@@ -79,8 +80,8 @@ def test_help_names_every_verb_in_under_three_tenths_of_a_cpu_second(world, no_t
         lines = ok(world, "--help", PYTHONPATH=no_torch)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    shown = [line.split()[0] for line in lines if re.match(r"  [a-z]+ ", line)]
-    assert sorted(shown) == sorted(VERBS)
+    shown = [re.split(r"  +", line.strip())[0] for line in lines if re.match(r"  [a-z]+ ", line)]
+    assert sorted(shown) == sorted([*VERBS, "eval compare"])
     assert min(seconds) < 0.3, seconds
 
 
@@ -294,7 +295,9 @@ def test_eval_says_what_gates_can_show_without_torch(world, no_torch):
 def test_a_baseline_is_written_from_a_finished_run_and_compared_with(world, no_torch):
     lines = ok(world, "eval", world.run, "--write-baseline", "baseline.lock", PYTHONPATH=no_torch)
     size = (world.folder / "baseline.lock").stat().st_size
-    assert lines[-1] == f"baseline baseline.lock: base, merged on held_out_loss, {size:,} bytes" and size < 3000
+    scored = dict.fromkeys(entry["artifact"] for entry in json.loads(
+        (world.run / "eval" / "scores.json").read_text())["scores"])
+    assert lines[-1] == f"baseline baseline.lock: {', '.join(scored)} on held_out_loss, {size:,} bytes" and size < 3000
     (world.folder / "suite.yaml").write_text(
         "tasks: [held_out_loss]\nroles: {task: held_out_loss, role: retain, margin: 0.01}\n")
     done = world.lora_kit("run", "tiny.yaml", "--set", "eval.suite=./suite.yaml",
