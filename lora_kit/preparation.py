@@ -18,6 +18,7 @@ from lora_kit.units import number_text
 _NOUNS = {"linear": "linear layers", "mlp": "MLPs", "norm": "norms", "attention": "attention layers",
           "loss": "output layer", "prefix": "layers with a shared prefix"}
 
+_CPU_PASS_TOKENS = 1024
 _ROWS_TO_TIME = 8
 """Rows on whose lengths attention is timed."""
 
@@ -58,11 +59,21 @@ def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, a
     if packed["why_not"]:
         tell(Caution(text=f"rows are padded, not packed: {packed['why_not']}"))
     if is_packed:
-        packed["budget"] = settings.pack_tokens or settings.micro_batch_size * recipe.data.max_tokens
+        packed["budget"] = settings.pack_tokens or _budget(recipe, accelerator.device.type)
     if settings.fast:
         lengths = [examples.length(row) for row in range(min(len(examples), _ROWS_TO_TIME))]
         _use_fast(net, settings, reference, rows, is_packed, quick, lengths)
     return {"packing": packed, "fast": quick}
+
+
+def _budget(recipe: Recipe, device_type: str) -> int:
+    """Tokens of a packed pass where the recipe names none.
+
+    A CPU gains nothing from longer passes (docs/speed.md has the figures), while activations grow with them.
+    """
+    longest = recipe.data.max_tokens
+    rows = recipe.train.micro_batch_size * longest
+    return min(rows, max(longest, _CPU_PASS_TOKENS)) if device_type == "cpu" else rows
 
 
 def _use_fast(net, settings: TrainSection, reference, rows: list[str], is_packed: bool, quick: dict[str, Any],

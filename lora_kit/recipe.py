@@ -264,7 +264,8 @@ class TrainSection(Section):
     """Lay the rows of a forward pass end to end, each attending to itself alone, in place of padding them to the
     longest. Where the model cannot keep them apart they are padded, which is said."""
     pack_tokens: Annotated[int, Field(ge=8), _NumberOnly] | None = None
-    """Tokens of one packed forward pass. Default: `micro_batch_size` rows of `data.max_tokens`."""
+    """Tokens of one packed forward pass. Default: `micro_batch_size` rows of `data.max_tokens`; on a CPU at most 1024,
+    or one such row, since longer passes hold more there and are no faster."""
     prove: Literal["auto", True, False] = "auto"
     """Before the first step, compare loss and gradients of two rows, packed and through the fast path, with those of
     the same rows one by one through plain peft, on this model; packing or the fast path is switched off when they

@@ -424,6 +424,15 @@ def test_a_fast_path_that_fails_its_proof_is_taken_back(tmp_path, tiny_model, mo
     assert losses == pytest.approx(trained(tmp_path, tiny_model, "plain2", fast=[])[1], rel=1e-4)
 
 
+@pytest.mark.parametrize(("max_tokens", "device", "budget"), [
+    (256, "cpu", 1024), (100, "cpu", 400), (2048, "cpu", 2048), (2048, "cuda", 8192)])
+def test_a_pass_on_a_cpu_is_no_longer_than_it_has_to_be(max_tokens, device, budget):
+    from types import SimpleNamespace
+
+    recipe = SimpleNamespace(data=SimpleNamespace(max_tokens=max_tokens), train=SimpleNamespace(micro_batch_size=4))
+    assert preparation._budget(recipe, device) == budget
+
+
 def test_plain_takes_everything_back():
     net = random_model("llama")
     packing.use_packing(net.get_base_model())
