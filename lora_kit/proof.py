@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lora_kit import stopwatch
 from lora_kit.loss import loss_sum
 from lora_kit.packing import packed_batch_of
 from lora_kit.tokens import batch_of
@@ -38,6 +39,7 @@ def is_cheap(num_proof_tokens: int, num_run_tokens: int) -> bool:
     return _PASSES * num_proof_tokens <= MAX_COST * num_run_tokens
 
 
+@stopwatch.part("packing proof")
 def prove_packing(model, examples: Sequence[Example], accelerator, precision: str) -> dict[str, Any]:
     """Loss and gradients of ``examples`` packed, against one by one.
 

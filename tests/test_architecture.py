@@ -24,9 +24,9 @@ LEVELS = {
     1: "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
        "metrics records rows spool prepared selection ledger overlap schedule tool_calls model_files suite items gates "
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
-       "report_proofs",
-    2: "chat turns tokens shorten packing loss proof model checkpoint bnb_mend "
-       "adapter adapter_start adapter_check optimizer trackers",
+       "report_proofs stopwatch",
+    2: "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend "
+       "adapter adapter_start adapter_check libraries optimizer trackers",
     3: "engines quantizers certificate scoring stop_rate",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view",
     5: "pipeline terminal",
