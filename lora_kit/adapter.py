@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_kit import stopwatch
 from lora_kit.errors import ModelError, RecipeError, RefusedError
 from lora_kit.model import short
 from lora_kit.recipe import LoraSection
@@ -27,6 +28,7 @@ CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
 """Values of peft's ``init_lora_weights`` under which an adapter fits a changed base, not the one that it names."""
 
 
+@stopwatch.part("adapter")
 def add_adapter(model, section: LoraSection, seed: int, token_ids: Sequence[int] = ()):
     """``model`` with a fresh LoRA on it (peft), its parameters in fp32.
 
@@ -37,8 +39,9 @@ def add_adapter(model, section: LoraSection, seed: int, token_ids: Sequence[int]
     Raises:
         RecipeError: a target, pattern or other name matches nothing, or is an end of a tied model.
     """
-    import torch
-    from peft import get_peft_model
+    with stopwatch.importing():
+        import torch
+        from peft import get_peft_model
 
     for pattern in (*section.rank_pattern, *section.alpha_pattern):
         _matches(pattern, "")
@@ -94,9 +97,11 @@ def load_adapter(model, adapter_dir: Path | str):
     return _with_adapter(model, Path(adapter_dir), is_trainable=False).eval()
 
 
+@stopwatch.part("adapter")
 def _with_adapter(model, adapter_dir: Path, is_trainable: bool):
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
+    with stopwatch.importing():
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors import SafetensorError, safe_open
 
     if not (adapter_dir / "adapter_config.json").exists():
         raise ModelError(str(adapter_dir), "is not a PEFT adapter (no adapter_config.json)", "name an adapter folder")

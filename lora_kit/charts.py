@@ -38,7 +38,8 @@ class Bar:
 
 
 def line_chart(
-    lines: Sequence[Line], *, x_title: str, y_title: str, words: str, width: int = 760, height: int = 320
+    lines: Sequence[Line], *, x_title: str, y_title: str, words: str, width: int = 760, height: int = 320,
+    from_zero: bool = False,
 ) -> str:
     """Lines over a common linear scale, with axes, their titles and a legend.
 
@@ -46,24 +47,26 @@ def line_chart(
         lines: at least one point in all; points that are not finite are left out and break nothing.
         words: what a reader who does not see the drawing is told.
         width, height: in SVG units, which are pixels at full size.
+        from_zero: the scale of y begins at zero, so that heights compare as the values do.
     """
     lines = [_finite(line) for line in lines]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     assert xs, "a chart needs a point"
     legend = [(line.name, line.style, line.faint) for line in lines if line.points]
-    left, right, bottom = 54, 16, 46
+    y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
+    decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
+    y_texts = [f"{tick:,.{decimals}f}" for tick in y_ticks]
+    left, right, bottom = max(54, 34 + 7 * max(map(len, y_texts))), 16, 46  # digits of 12 px beside the title
     top = 14 + 20 * _legend_rows([name for name, _, _ in legend], left, width)
-    y_ticks = ticks(min(ys), max(ys), 5)
     x_ticks = [tick for tick in ticks(min(xs), max(xs), 4 if width < 500 else 7) if min(xs) <= tick <= max(xs)]
     place_x = _scale(min(xs), max(xs), left, width - right)
     place_y = _scale(y_ticks[0], y_ticks[-1], height - bottom, top)
-    decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
     parts = [_open(width, height, words)]
-    for tick in y_ticks:
+    for tick, text in zip(y_ticks, y_texts, strict=True):
         y = place_y(tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.{decimals}f}</text>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for tick in x_ticks:
         x = place_x(tick)
         parts.append(f'<text class="tick" x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:g}</text>')

@@ -157,7 +157,10 @@ def train(
     set_: SetOption = None, runs: RunsOption = _RUNS, fresh: FreshOption = False, debug: DebugOption = False,
 ) -> None:
     """Train the adapter of a recipe, or go on with an unfinished run."""
-    from lora_kit import pipeline, rundir
+    from lora_kit import stopwatch
+
+    with stopwatch.importing():
+        from lora_kit import pipeline, rundir
     from lora_kit.errors import RecipeError
 
     if rundir.is_run(recipe) and (set_ or fresh):
@@ -454,8 +457,9 @@ _terminal = _LazyTerminal()
 
 def main() -> None:
     """Run the command line and exit with DESIGN's exit code; no traceback reaches a user without ``--debug``."""
-    from lora_kit import events
+    from lora_kit import events, stopwatch
 
+    stopwatch.begin_with_process()
     debug = "--debug" in sys.argv
     # The hub's libraries report home and fetch kernels unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

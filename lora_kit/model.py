@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_kit import isolate, sources
+from lora_kit import isolate, sources, stopwatch
 from lora_kit.chat import load_tokenizer, template_text
 from lora_kit.errors import DataError, MachineError, ModelError, RefusedError
 from lora_kit.events import Note, tell
@@ -130,7 +130,7 @@ def convert_gguf(gguf_file: str, out_dir: str) -> None:
     same configuration (bit-exact, measured with transformers 5.23). What GGUF says of the tokenizer and
     transformers does not keep goes into ``gguf_tokenizer.json``, for exporting to GGUF again.
     """
-    _quiet()
+    quiet_libraries()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -198,6 +198,7 @@ def _tokenizer_folder(section: ModelSection, folder: Path, relative_to: Path) ->
     return target
 
 
+@stopwatch.part("model")
 def load_base(folder: Path | str, *, dtype: str, device="cpu", load_in: str = "16bit", attention: str = "sdpa"):
     """The causal LM in ``folder`` on ``device``, in eval mode.
 
@@ -210,9 +211,10 @@ def load_base(folder: Path | str, *, dtype: str, device="cpu", load_in: str = "1
         RefusedError: its weights are cut off or broken.
         MachineError: there is not enough memory, or an attention implementation is not installed.
     """
-    _quiet()
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    with stopwatch.importing():
+        quiet_libraries()
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": torch_dtype(dtype), "attn_implementation": attention,
                                "local_files_only": True, "trust_remote_code": False, "use_safetensors": True,
@@ -256,8 +258,8 @@ def short(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _quiet() -> None:
-    """transformers' own progress bars and advice out of the way of ours."""
+def quiet_libraries() -> None:
+    """transformers' own progress bars and advice, and those of what it imports, out of the way of ours."""
     import logging
     import warnings
 

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_kit import baseline, hardware, prepared, quantizers, rundir, sources, suite
+from lora_kit import baseline, hardware, prepared, quantizers, rundir, sources, stopwatch, suite
 from lora_kit.errors import BY_EXIT_CODE, GateFailed, GateInconclusive, LoraKitError, ModelError, RecipeError
 from lora_kit.events import Note, StageFinished, StageSkipped, StageStarted, tell
 from lora_kit.recipe import IDENTITY
@@ -63,6 +63,7 @@ STAGES = (
 NAMES = tuple(stage.name for stage in STAGES)
 
 
+@stopwatch.part("opening the run")
 def open_for(recipe_file: RecipeFile, runs_dir: Path | str, *, fresh: bool = False) -> Run:
     """The run of this recipe: the newest whose model, data, lora and train are the same, or a new one.
 
@@ -286,9 +287,10 @@ def _why_owed(stage: Stage, run: Run) -> str | None:
 def _execute(stage: Stage, run: Run, reason: str) -> None:
     tell(StageStarted(stage=stage.name, why=reason))
     started = time.perf_counter()
-    module = importlib.import_module(stage.module)
+    with stopwatch.importing():
+        module = importlib.import_module(stage.module)
     _set_aside_if_stale(stage, run)
-    with run.publishing(stage.name) as work:
+    with run.publishing(stage.name) as work, stopwatch.part("data" if stage.name == "data" else "other"):
         result: Result = module.stage(run.recipe, run)
         seconds = time.perf_counter() - started
         _give_usual_modes(work)

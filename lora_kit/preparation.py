@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_kit import fast, packing, proof, tokens
+from lora_kit import fast, packing, proof, stopwatch, tokens
 from lora_kit.events import Caution, Note, tell
 from lora_kit.recipe import FAST_PARTS, Recipe, TrainSection
 from lora_kit.units import number_text
@@ -23,6 +23,7 @@ _ROWS_TO_TIME = 8
 """Rows on whose lengths attention is timed."""
 
 
+@stopwatch.part("proof")
 def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, accelerator, precision: str,
             ) -> dict[str, dict[str, Any]]:
     """Let ``net`` (peft's model, not wrapped) train packed and fast where it can.

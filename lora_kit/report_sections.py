@@ -7,9 +7,10 @@ Texts stay plain here; the writers escape them. Torch-free; reads and writes not
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
-from lora_kit import charts
+from lora_kit import charts, stopwatch
 from lora_kit.report_document import (
     TONES,
     Block,
@@ -134,6 +135,9 @@ def training(found: Findings) -> Section:
     blocks: list[Block] = []
     figure = _loss_figure(found)
     blocks.append(figure if figure else Paragraph(text=f"No loss curve: {found.why_missing('train')}.", tone="missing"))
+    speed = _speed_figure(found)
+    if speed:
+        blocks.append(speed)
     lora = recipe.lora
     rows: list[list[str | Cell]] = [
         ["adapter", f"rank {lora.rank}, alpha {number_text(lora.alpha)}, dropout {number_text(lora.dropout)}, "
@@ -150,8 +154,10 @@ def training(found: Findings) -> Section:
                        "passed through"],
             ["time", f"{seconds_text(train.get('train_seconds'))} in the loop, "
                      f"{seconds_text(found.seals['train'].get('seconds'))} for the stage"],
-            ["speed", f"{rate_text(train.get('tokens_per_second'))} tokens/s"],
+            ["speed", f"{rate_text(train.get('tokens_per_second'))} tokens/s{_useful(train)}"],
+            *_ceiling_row(train),
             ["peak memory", _train_peak(train)],
+            *_start_row(train),
             ["precision", f"{train.get('precision', '–')} on {train.get('device', '–')}, base held in "
                           f"{recipe.model.load_in}"],
             ["held-out loss", f"{number_text(train.get('held_out_before'))} before, "
@@ -205,6 +211,62 @@ def _train_peak(train: dict[str, Any]) -> str:
     if device:
         return f"{bytes_text(device)} on the device, {bytes_text(process)} in the process"
     return bytes_text(process)
+
+
+def _useful(train: dict[str, Any]) -> str:
+    """Tokens trained on a second, beside all that pass through."""
+    trained, seconds = train.get("trained_tokens"), train.get("train_seconds")
+    return f", {rate_text(trained / seconds)} of them trained on" if trained and seconds else ""
+
+
+def _ceiling_row(train: dict[str, Any]) -> list[list[str | Cell]]:
+    """What the steps needed over what one large matrix product reached on the same machine; nothing if not measured."""
+    flops, ceiling, seconds = (train.get(key) for key in ("flops", "ceiling_flops_per_second", "train_seconds"))
+    if not (flops and ceiling and seconds):
+        return []
+    share = number_text(100 * flops / seconds / ceiling, 3)
+    return [["share of the ceiling", f"{share} %: {_rate_of_flops(flops / seconds)} needed by the steps, "
+             f"{_rate_of_flops(ceiling)} reached by one large matrix product in {train.get('precision')} right before"]]
+
+
+def _rate_of_flops(rate: float) -> str:
+    return f"{number_text(rate / 1e12, 3)} TFLOP/s" if rate >= 1e12 else f"{number_text(rate / 1e9, 3)} GFLOP/s"
+
+
+def _start_row(train: dict[str, Any]) -> list[list[str | Cell]]:
+    start = train.get("start")
+    if not start:
+        return []
+    return [["start of the command" if start["of_process"] else "start of the stage",
+             f"ready to train after {stopwatch.start_text(start)}"]]
+
+
+def _speed_figure(found: Findings) -> Figure | None:
+    """Tokens a second over the steps; None before there are two of them."""
+    kinds = [(name, style, [(line["step"], line[key]) for line in found.timings
+                            if "step" in line and math.isfinite(line.get(key, math.nan))])
+             for name, style, key in (("through the loop", 0, "tokens_per_second"),
+                                      ("trained on", 1, "trained_tokens_per_second"))]
+    kinds = [kind for kind in kinds if len(kind[2]) > 1]
+    if not kinds:
+        return None
+    lines, words = [], []
+    for name, style, points in kinds:
+        words.append(f"{rate_text(statistics.median(rate for _, rate in points))} {name}")
+        if len(points) >= _MEAN_FROM_STEPS:
+            window = max(5, len(points) // 20)
+            if not lines:
+                lines.append(charts.Line(name=f"{name}, each step", points=points, style=style, faint=True))
+            lines.append(charts.Line(name=f"{name}, mean of {window} steps", style=style,
+                                     points=charts.running_mean(points, window)))
+        else:
+            lines.append(charts.Line(name=name, points=points, style=style))
+    text = f"Tokens a second in the median step: {', '.join(words)}."
+    wide, narrow = (
+        charts.line_chart(lines, x_title="optimizer step", y_title="tokens a second", words=text, width=width,
+                          height=height, from_zero=True) for width, height in ((860, 240), (380, 240)))
+    return Figure(wide_svg=wide, narrow_svg=narrow, words=text,
+                  caption="Speed of the steps themselves, without held-out evaluations and checkpoints.")
 
 
 def _loss_figure(found: Findings) -> Figure | None:

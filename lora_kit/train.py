@@ -27,7 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit import adapter as adapters
-from lora_kit import adapter_start, chat, checkpoint, isolate, model, packing, preparation, rows, tokens, trackers
+from lora_kit import (
+    adapter_start,
+    chat,
+    checkpoint,
+    flops,
+    isolate,
+    libraries,
+    model,
+    packing,
+    preparation,
+    rows,
+    stopwatch,
+    tokens,
+    trackers,
+)
 from lora_kit.errors import DivergedError, RecipeError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
 from lora_kit.ledger import padded_tokens
@@ -44,6 +58,7 @@ from lora_kit.units import number_text, seconds_text
 SECTIONS = ("model", "lora", "train", "seed")
 
 
+@stopwatch.one_start()
 def stage(recipe: Recipe, run: Run) -> Result:
     """Train the adapter of ``run``, going on from its newest checkpoint when there is one.
 
@@ -65,6 +80,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
     num_steps = count_steps(settings, len(train_rows))
     _check_split(settings, accelerator.num_processes)
 
+    libraries.import_for_training(recipe, run.resolved["base"]["artifact"]["path"])
     net = _model_with_adapter(recipe, run, accelerator, train_rows)
     start = work / "start" if recipe.lora.changes_base and not settings.from_adapter else None
     named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
@@ -75,11 +91,12 @@ def stage(recipe: Recipe, run: Run) -> Result:
     log = _Log(work, accelerator)
     state: dict[str, Any] = {"step": 0, "best_loss": None, "best_step": None, "held_out_before": None,
                              "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0, "tokens_padded": 0,
-                             "start_sha256": adapters.sha256_of(adapters.adapter_tensors(net))}
+                             "flops": 0, "start_sha256": adapters.sha256_of(adapters.adapter_tensors(net))}
     state = _go_on_from(work, state, named, optimizer, log)
     tracking = trackers.start(accelerator, recipe, run.path.name, work)
     stop = _StopSignals()
     save_every = save_interval(settings, num_steps)
+    cost, ceiling = flops.count(net), flops.ceiling_of_all(accelerator, _precision(settings, accelerator))
     prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator, _precision(settings, accelerator))
     shares = _Shares(settings, prepared["packing"]["budget"], accelerator, preparation.shares_prefix(prepared["fast"]))
 
@@ -96,6 +113,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
 
     batches = tokens.stream_of_batches(len(train_rows), settings.batch_size, recipe.seed, state["step"])
     wrapped.train()
+    start_up = log.start_up(stopwatch.end(), state["step"])
     with stop, tracking:
         while state["step"] < num_steps:
             step, step_started = state["step"], time.perf_counter()
@@ -130,10 +148,14 @@ def stage(recipe: Recipe, run: Run) -> Result:
             state["tokens_total"] += num_tokens
             state["trained_tokens"] += num_trained
             state["tokens_padded"] += shares.padding_of(batch_rows, train_rows)
+            needed = cost.of_rows(map(train_rows.length, batch_rows), num_trained) if cost else None
+            if "flops" in state:
+                state["flops"] += needed or 0
             log.metrics({"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
                          "trained_tokens": num_trained, "epoch": (step + 1) * settings.batch_size / len(train_rows)})
             log.timings({"step": step + 1, "seconds": seconds, "tokens": num_tokens,
-                         "tokens_per_second": num_tokens / seconds, "trained_tokens_per_second": num_trained / seconds})
+                         "tokens_per_second": num_tokens / seconds, "trained_tokens_per_second": num_trained / seconds,
+                         "flops": needed})
             tell(Progress(stage="train", done=step + 1, total=num_steps, fields={
                 "loss": number_text(loss), "tokens/s": f"{state['tokens_total'] / state['train_seconds']:.0f}",
                 "left": seconds_text(state["train_seconds"] / (step + 1) * (num_steps - step - 1))}))
@@ -189,7 +211,8 @@ def stage(recipe: Recipe, run: Run) -> Result:
             "tokens_total": state["tokens_total"], "num_trainable_params": num_trainable, "num_params": num_params,
             "precision": _precision(settings, accelerator), "device": str(accelerator.device),
             "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(), **prepared,
-            "tokens_padded": state["tokens_padded"], "stops": stops,
+            "tokens_padded": state["tokens_padded"], "stops": stops, "start": start_up,
+            "flops": state.get("flops") or None, "ceiling_flops_per_second": ceiling,
         },
     )
 
@@ -223,6 +246,7 @@ class _Shares:
         return packing.packed_batch_of(chosen, self.accelerator.device, self.share_prefix)
 
 
+@stopwatch.part("held-out loss")
 def evaluate_loss(net, examples: tokens.ExampleFile, shares: _Shares, accelerator) -> float | None:
     """Mean loss in nats over all trained tokens of ``examples``, over all processes; None without rows."""
     import torch
@@ -279,8 +303,10 @@ def count_parameters(net) -> tuple[int, int]:
 
 def _accelerator(settings: TrainSection, **options: Any):
     import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+
+    with stopwatch.importing():
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
     precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}.get(settings.precision)
     if precision is None:
@@ -448,6 +474,14 @@ class _Log:
 
     def timings(self, values: dict[str, Any]) -> None:
         self._write("timings", values)
+
+    def start_up(self, took: dict[str, Any] | None, step: int) -> dict[str, Any] | None:
+        """Write down and tell what came before the first step after ``step``; hands it on."""
+        if took is not None:
+            for name, spent in took["parts"].items():
+                self.timings({"part": name, "before_step": step + 1, **spent})
+            tell(Note(text=f"ready to train after {stopwatch.start_text(took)}"))
+        return took
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
         if self.writes:

@@ -14,6 +14,11 @@ CONFIG = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "inter
           "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
 
 
+START = {"seconds": 7.5, "cpu_seconds": 7.0, "of_process": True, "parts": {
+    "imports": {"seconds": 5.0, "cpu_seconds": 4.75}, "model": {"seconds": 2.5, "cpu_seconds": 2.25},
+    "proof": {"seconds": 3.0, "cpu_seconds": 6.0}}}
+
+
 class RunOnPaper:
     """What the report asks of a run, over files that :func:`write` made."""
 
@@ -104,7 +109,10 @@ def _train(folder: Path, num_steps: int, text: str) -> dict:
         if step % 20 == 0:
             lines.append({"step": step, "held_out_loss": 3.65 + 0.5 * 0.97**step, "num_rows": 64})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "seconds": 1.0, "tokens": 1100}) + "\n")
+    timings = [{"part": name, "before_step": 1, **spent} for name, spent in START["parts"].items()]
+    timings += [{"step": step, "seconds": 2.0, "tokens": 1100, "tokens_per_second": 550.0 - 5 * (step % 7),
+                 "trained_tokens_per_second": 250.0 - 2 * (step % 7)} for step in range(1, num_steps + 1)]
+    (folder / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
     return {"figures": {
         "steps": num_steps, "train_seconds": 130.0, "held_out_before": 4.2, "held_out_after": 3.73, "best_step": 60,
         "kept": "last", "peak_memory_bytes": 4_100_000_000, "device_peak_memory_bytes": None,
@@ -112,7 +120,8 @@ def _train(folder: Path, num_steps: int, text: str) -> dict:
         "fast": {"parts": {"linear": {"modules": 208, "left": {"hooks": 2}}, "mlp": {"modules": 30, "left": {}},
                            "norm": {"modules": 0, "left": {}}}, "why_not": None, "proof": PROOF},
         "tokens_per_second": 520.0, "trained_tokens": 30_000, "tokens_total": 68_000, "num_trainable_params": 4_884_480,
-        "num_params": 139_399_488, "precision": "bf16", "device": "cpu", "num_processes": 1, "threads": 2}}
+        "num_params": 139_399_488, "precision": "bf16", "device": "cpu", "num_processes": 1, "threads": 2,
+        "flops": 3.9e13, "ceiling_flops_per_second": 1.5e12, "start": START}}
 
 
 def _compared(kl: float) -> dict:

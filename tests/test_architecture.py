@@ -24,9 +24,10 @@ LEVELS = {
     1: "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
        "metrics records rows spool prepared selection ledger overlap schedule tool_calls model_files suite items gates "
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
-       "report_proofs scored paired report_items junit eval_checks intervals claims comparison power sequential",
-    2: "chat turns tokens shorten packing loss proof model checkpoint bnb_mend fast preparation "
-       "adapter adapter_start adapter_check optimizer trackers template_check",
+       "report_proofs scored paired report_items junit eval_checks intervals claims comparison power sequential "
+       "stopwatch",
+    2: "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
+       "adapter adapter_start adapter_check libraries optimizer trackers template_check",
     3: "engines quantizers certificate scoring stop_rate baseline",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight",
     5: "pipeline terminal",

@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests import tiny_run
 
 
-def quick(program: str, tmp_path) -> tuple[dict, str]:
+def quick(program: str, tmp_path, *options: str, check: bool = True) -> tuple[dict, str]:
     """The figures that ``benchmarks/PROGRAM --quick --check`` writes, and what it prints."""
+    options = (*options, "--check") if check else options
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{program}", "--quick", "--check", "--json", tmp_path / "figures.json"],
+        [sys.executable, f"benchmarks/{program}", "--quick", *options, "--json", tmp_path / "figures.json"],
         cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((tmp_path / "figures.json").read_text()), done.stdout
@@ -22,6 +25,32 @@ def test_data_memory(tmp_path):
     figures, printed = quick("data_memory.py", tmp_path)
     assert figures["gigabytes"] == 0.02 and figures["num_rows"] == figures["rows_used"] + 64
     assert 50e6 < figures["anonymous_bytes"] < 1e9 and "RssAnon" in printed
+
+
+def test_train_start(tmp_path):
+    figures, printed = quick("train_start.py", tmp_path, "--times", "1")
+    assert {"imports", "opening the run", "data", "model", "adapter"} <= figures["parts"].keys()
+    assert figures["beside"].keys() == {"proof", "held-out loss", "matrix ceiling"}
+    assert figures["start"]["cpu_seconds"] == pytest.approx(
+        sum(spent["cpu_seconds"] for spent in figures["parts"].values()), abs=1e-6)
+    # By the system's count, which is read a moment later.
+    assert figures["all_parts"]["cpu_seconds"] - 0.1 < figures["outside_cpu_seconds"] \
+        < figures["all_parts"]["cpu_seconds"] + 3
+    assert "to the first forward pass" in printed and "warm-up (first step)" in printed
+
+
+def test_train_profile(tmp_path):
+    figures, printed = quick("train_profile.py", tmp_path, "--steps", "2", "--threads", "1", check=False)
+    parts = figures["parts"]
+    for part in ("attention", "linear layers", "norms", "activation", "head and loss", "residuals and others"):
+        assert parts[f"forward, {part}"] > 0 and parts[f"backward, {part}"] > 0, part
+    assert all(parts[part] > 0 for part in ("data", "clipping", "optimizer", "other"))
+    # On a CPU every moment of a step belongs to something.
+    assert sum(parts.values()) == pytest.approx(figures["profiled_step_seconds"], rel=0.2)
+    assert 0 < figures["utilisation"] < 1 and figures["threads"] == 1
+    assert figures["utilisation"] == pytest.approx(
+        figures["step_flops"] / figures["step_seconds"] / figures["ceiling_flops_per_second"])
+    assert "share of the ceiling" in printed
 
 
 def test_losses_against_trl(tmp_path):

@@ -27,6 +27,21 @@ def test_a_line_goes_from_low_left_to_high_right():
     assert {each.text for each in root.iter("text")} >= {"step", "loss", "x", "0", "20", "1.0", "3.0"}
 
 
+def test_a_scale_from_zero_keeps_proportions():
+    _, root = draw([charts.Line(name="x", points=[(0, 4000.0), (1, 8000.0)], style=0)], from_zero=True)
+    axis = next(float(each.get("y1")) for each in root.iter("line") if each.get("class") == "axis")
+    (_, low), (_, high) = points_of(root, 0)
+    assert (axis - high) / (axis - low) == pytest.approx(2, abs=0.02)
+    assert "8,000" in {each.text for each in root.iter("text")}
+
+
+def test_long_numbers_leave_room_for_the_title():
+    _, root = draw([charts.Line(name="x", points=[(0, 1.0), (1, 1_200_000.0)], style=0)], from_zero=True)
+    title = next(each for each in root.iter("text") if each.text == "loss")
+    number = next(each for each in root.iter("text") if each.text == "1,000,000")
+    assert float(number.get("x")) - 7 * len(number.text) > float(title.get("x")) + 6
+
+
 def test_dots_carry_their_values():
     _, root = draw([charts.Line(name="held out", points=[(0, 4.25), (50, 3.5)], style=1, dots=True)])
     titles = [circle.find("title").text for circle in root.iter("circle")]

@@ -66,7 +66,7 @@ def test_a_whole_run_is_on_the_page(tmp_path):
                   "2 modules of linear are plain: hooks", "packed: loss 2.5e-07"):
         assert shown in page.text, shown
         assert shown in markdown or shown.replace("#", "\\#") in markdown, shown
-    assert page.tags.count("svg") == 4  # loss and memory, each for wide and narrow pages
+    assert page.tags.count("svg") == 6  # loss, speed and memory, each for wide and narrow pages
     assert page.tags.count("mark") == 1 and "Trained Hello there<|im_end|>" in page.text
     assert len(page.ids) == len(set(page.ids)) == 11
     links = {value for tag, name, value in page.attributes if name == "href"}
@@ -138,6 +138,25 @@ def test_prices_become_costs(tmp_path):
     assert "costs are left out" not in page.text
 
 
+def test_speed_is_on_the_page_with_its_share_of_the_ceiling_and_the_start(tmp_path):
+    page, markdown, _ = pages(paper.write(tmp_path))
+    for shown in ("520 tokens/s, 231 of them trained on",
+                  "20 %: 300 GFLOP/s needed by the steps, 1.5 TFLOP/s reached by one large matrix product in bf16",
+                  "ready to train after 7 s of CPU (7.5 s): imports 4.75 s, model 2.25 s; beside it proof 6 s"):
+        assert shown in page.text and shown in markdown, shown
+    assert "Tokens a second in the median step: 535 through the loop, 244 trained on." in markdown
+
+
+def test_speed_that_was_not_measured_is_not_on_the_page(tmp_path):
+    run = paper.write(tmp_path)
+    seal = json.loads((run.path / "train" / "stage.json").read_text())
+    seal["figures"] |= {"ceiling_flops_per_second": None, "start": None}
+    (run.path / "train" / "stage.json").write_text(json.dumps(seal))
+    (run.path / "train" / "timings.jsonl").write_text('{"step": 1, "tokens_per_second": 5.0}\n')
+    page, _, _ = pages(run)
+    assert "ceiling" not in page.text and "ready to train" not in page.text and page.tags.count("svg") == 4
+
+
 def test_a_badge_belongs_to_its_artifact(tmp_path):
     found = report_findings.read(paper.recipe(), paper.write(tmp_path))
     assert found.outcomes_of("merged") == ["PASS", "PASS"]  # its certificate and the gate
@@ -179,7 +198,7 @@ def test_numbers_that_are_not_finite_do_not_break_the_page(tmp_path):
     with open(run.path / "train" / "metrics.jsonl", "a") as file:
         file.write('{"step": 61, "loss": NaN}\n{"step": 62, "loss": Infinity}\n')
     page, _, _ = pages(run)
-    assert page.tags.count("svg") == 4 and "2 more had a loss that is not finite" in page.text
+    assert page.tags.count("svg") == 6 and "2 more had a loss that is not finite" in page.text
 
 
 def test_unknown_architectures_are_not_derived(tmp_path):

@@ -89,6 +89,27 @@ def test_training_lowers_held_out_loss_and_leaves_a_plain_adapter(tiny_model, ro
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 4
 
 
+def test_the_start_is_told_in_parts_and_the_steps_with_what_they_needed(tiny_model, rows, tmp_path):
+    told = []
+    with events.listening(told.append):
+        run = train(recipe_for(tiny_model, rows, prove="true"), tmp_path)
+    figures = run.seal("train")["figures"]
+    start, lines = figures["start"], [json.loads(line) for line in (
+        run.stage_dir("train") / "timings.jsonl").read_text().splitlines()]
+    parts = {line["part"]: line for line in lines[:-6]}
+    assert {"imports", "model", "adapter", "matrix ceiling", "proof", "held-out loss"} <= parts.keys()
+    assert all(line["before_step"] == 1 for line in parts.values())
+    assert {name: {key: line[key] for key in ("seconds", "cpu_seconds")} for name, line in parts.items()} \
+        == start["parts"]
+    assert start["of_process"] is False and 0 < start["seconds"] < figures["stage_seconds"] - figures["train_seconds"]
+    notes = [event.text for event in told if isinstance(event, events.Note)]
+    assert sum(text.startswith("ready to train after ") and "; beside it " in text for text in notes) == 1
+    steps = lines[-6:]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert figures["flops"] == pytest.approx(sum(line["flops"] for line in steps)) and figures["flops"] > 0
+    assert figures["ceiling_flops_per_second"] > 1e8
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_accumulation_changes_nothing(tiny_model, rows, tmp_path, micro_batch_size):
     whole = train(recipe_for(tiny_model, rows), tmp_path)
@@ -116,6 +137,9 @@ def test_stop_saves_a_checkpoint_and_the_run_goes_on_exactly(tiny_model, rows, t
         again = train(recipe_file, tmp_path)
     assert again.path == stopped_run.path
     assert any("going on from step-000003" in getattr(event, "text", "") for event in told)
+    assert again.seal("train")["figures"]["flops"] == straight.seal("train")["figures"]["flops"]
+    lines = [json.loads(line) for line in (again.stage_dir("train") / "timings.jsonl").read_text().splitlines()]
+    assert {line["before_step"] for line in lines if "part" in line} == {1, 4}
     assert (again.stage_dir("train") / "metrics.jsonl").read_bytes() == (
         straight.stage_dir("train") / "metrics.jsonl").read_bytes()
     name = "adapter/adapter_model.safetensors"
