@@ -263,8 +263,9 @@ class TrainSection(Section):
     pack_tokens: Annotated[int, Field(ge=8), _NumberOnly] | None = None
     """Tokens of one packed forward pass. Default: `micro_batch_size` rows of `data.max_tokens`."""
     prove: Literal["auto", True, False] = "auto"
-    """Before the first step, compare loss and gradients of two packed rows with those of the same rows one by one,
-    on this model; packing is switched off when they differ. auto: when that costs under 2 % of the run."""
+    """Before the first step, compare loss and gradients of two rows in one forward pass, padded and packed, with those
+    of the same rows one by one, on this model. Packing is switched off when packed rows differ; padded rows that
+    differ by more than rounding are an error in fp32, else a caution. auto: when that costs under 2 % of the run."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     lora_plus_ratio: Annotated[float, Field(ge=1), _NumberOnly] = 1.0

@@ -21,16 +21,15 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lora_kit import adapter as adapters
 from lora_kit import adapter_start, chat, checkpoint, isolate, model, packing, proof, rows, stop_rate, tokens, trackers
-from lora_kit.errors import DivergedError, RecipeError, StoppedError
+from lora_kit.errors import DivergedError, InternalError, ModelError, RecipeError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
-from lora_kit.ledger import padded_tokens
-from lora_kit.loss import loss_sum
+from lora_kit.ledger import check_batch, padded_tokens
+from lora_kit.loss import accumulate, loss_sum
 from lora_kit.optimizer import make_optimizer, set_learning_rate
 from lora_kit.recipe import Recipe, TrainSection
 from lora_kit.rundir import Run, writing
@@ -48,6 +47,8 @@ def stage(recipe: Recipe, run: Run) -> Result:
     Raises:
         StoppedError: SIGINT or SIGTERM came; a checkpoint is saved.
         DivergedError: a loss or gradient is not finite; the last checkpoint is from before it.
+        ModelError: rows in one pass teach something else than one by one (``train.prove``).
+        InternalError: a batch is not what the token files say, or accumulation weighs rows wrongly.
         RecipeError: the batch cannot be split over the processes.
     """
     import torch
@@ -103,17 +104,8 @@ def stage(recipe: Recipe, run: Run) -> Result:
 
             # One optimizer step: every process takes its share of the batch, in micro-batches.
             num_trained = sum(train_rows.num_trained(row) for row in batch_rows)
-            micro_batches = shares.of(batch_rows, train_rows)
-            total = torch.zeros((), device=accelerator.device)
-            for index, micro in enumerate(micro_batches):
-                batch = shares.batch_of(micro, train_rows)
-                last = index == len(micro_batches) - 1
-                with nullcontext() if last or wrapped is net else accelerator.no_sync(wrapped):
-                    with accelerator.autocast():
-                        summed = loss_sum(wrapped, batch)
-                    # DDP averages gradients over processes, so the sum is scaled back up.
-                    accelerator.backward(summed * accelerator.num_processes / num_trained)
-                total += summed.detach()
+            passes = (shares.batch_of(micro, train_rows) for micro in shares.of(batch_rows, train_rows))
+            total = accumulate(wrapped, passes, num_trained, accelerator)
             loss = float(accelerator.reduce(total, "sum")) / num_trained
             grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
             if not (math.isfinite(loss) and (math.isfinite(grad_norm) or settings.precision == "fp16")):
@@ -214,10 +206,15 @@ class _Shares:
         return sum(padded_tokens(lengths, plan) for plan in plans)
 
     def batch_of(self, micro: Sequence[int], examples: tokens.ExampleFile) -> Batch:
+        """One forward pass, recounted: InternalError when it trains on other than what the token files say."""
         chosen = [examples[row] for row in micro]
         if self.budget is None:
-            return tokens.batch_of(chosen, 0, self.accelerator.device)
-        return packing.packed_batch_of(chosen, self.accelerator.device)
+            batch = tokens.batch_of(chosen, 0, self.accelerator.device)
+        else:
+            batch = packing.packed_batch_of(chosen, self.accelerator.device)
+        check_batch(batch, num_trained=sum(map(examples.num_trained, micro)),
+                    num_tokens=sum(map(examples.length, micro)), origins=[example.origin for example in chosen])
+        return batch
 
 
 def evaluate_loss(net, examples: tokens.ExampleFile, shares: _Shares, accelerator) -> float | None:
@@ -241,35 +238,67 @@ def evaluate_loss(net, examples: tokens.ExampleFile, shares: _Shares, accelerato
 
 
 def _pack(recipe: Recipe, net, examples: tokens.ExampleFile, num_steps: int, accelerator) -> dict[str, Any]:
-    """Whether and how rows are packed: ``budget`` (None: padded), ``why_not`` and ``proof``; tells what it decides."""
+    """Whether and how rows are packed: ``budget`` (None: padded), ``why_not`` and ``proof``; tells what it decides.
+
+    Raises:
+        InternalError: accumulation weighs rows wrongly.
+        ModelError: rows in one pass teach something else than one by one, and rounding does not explain it.
+    """
     settings, plain = recipe.train, net.get_base_model()
-    found: dict[str, Any] = {"budget": None, "why_not": None, "proof": None}
-    if not settings.packing:
-        return found
-    found["why_not"] = packing.why_not_packed(plain)
+    found: dict[str, Any] = {"budget": None, "proof": None,
+                             "why_not": packing.why_not_packed(plain) if settings.packing else "train.packing is false"}
     if found["why_not"] is None:
         packing.use_packing(plain)
-        lengths = [examples.length(row) for row in range(len(examples))]
-        chosen = proof.rows_to_prove(lengths, [examples.num_trained(row) for row in range(len(examples))])
-        in_run = num_steps * settings.batch_size * sum(lengths) / len(lengths)
-        cheap = proof.is_cheap(sum(lengths[row] for row in chosen), in_run)
-        if len(chosen) == 2 and (settings.prove is True or settings.prove == "auto" and cheap):
-            found["proof"] = proof.prove_packing(net, [examples[row] for row in chosen], accelerator,
-                                                 _precision(settings, accelerator))
-            found["proof"]["rows"] = [examples.origins[row] for row in chosen]
-            differ = max(found["proof"][key] for key in ("loss_difference", "gradient_difference"))
-            if found["proof"]["holds"]:
-                tell(Note(text="packed rows give the loss and gradients of separate ones: "
-                               f"{number_text(differ, 2)} apart, bound {number_text(found['proof']['bound'], 2)}"))
-            else:
-                packing.stop_packing(plain)
-                found["why_not"] = (f"loss or gradients of two packed rows differ by {number_text(differ, 2)} from "
-                                    f"those of separate rows (bound {number_text(found['proof']['bound'], 2)})")
-    if found["why_not"]:
-        tell(Caution(text=f"rows are padded, not packed: {found['why_not']}"))
-    else:
+    chosen = _rows_to_prove(settings, examples, num_steps)
+    if chosen:
+        found["proof"] = proof.prove_batches(net, [examples[row] for row in chosen], accelerator,
+                                             _precision(settings, accelerator), packed=found["why_not"] is None)
+        found["proof"]["rows"] = [examples.origins[row] for row in chosen]
+        _look_at_proof(found, recipe, accelerator)
+    if found["why_not"] is None:
         found["budget"] = settings.pack_tokens or settings.micro_batch_size * recipe.data.max_tokens
+        return found
+    packing.stop_packing(plain)
+    if settings.packing:
+        tell(Caution(text=f"rows are padded, not packed: {found['why_not']}"))
     return found
+
+
+def _rows_to_prove(settings: TrainSection, examples: tokens.ExampleFile, num_steps: int) -> list[int]:
+    """The two rows to prove batches on; none where the recipe does not ask for it, or where it would cost too much."""
+    if settings.prove is False:
+        return []
+    lengths = [examples.length(row) for row in range(len(examples))]
+    chosen = proof.rows_to_prove(lengths, [examples.num_trained(row) for row in range(len(examples))])
+    in_run = num_steps * settings.batch_size * sum(lengths) / len(lengths)
+    cheap = proof.is_cheap(sum(lengths[row] for row in chosen), in_run)
+    return chosen if len(chosen) == 2 and (settings.prove is True or cheap) else []
+
+
+def _look_at_proof(found: dict[str, Any], recipe: Recipe, accelerator) -> None:
+    """Raise, tell or set ``why_not`` by what the proof in ``found`` says."""
+    proven = found["proof"]
+    of_rows = f"loss or gradients of {' and '.join(proven['rows'])}"
+    if not proven["accumulates"]:
+        raise InternalError("train.prove", f"{of_rows}, accumulated, differ by "
+                            f"{number_text(proven['accumulation'], 2)} from their sum (bound "
+                            f"{number_text(proven['accumulation_bound'], 2)})", "report it as a bug")
+    if not proven["adds_up"]:
+        apart = (f"{of_rows} in one pass differ by {number_text(proven['floor'], 2)} from those of a pass each (bound "
+                 f"{number_text(proven['floor_bound'], 2)})")
+        if _precision(recipe.train, accelerator) == "fp32" and recipe.model.load_in == "16bit":
+            raise ModelError("train.prove", apart, "the model mixes the rows of a batch, or this is a bug to report; "
+                             "train.prove: false trains all the same")
+        tell(Caution(text=f"{apart}: rounding, or a fault; train.precision: fp32 tells them apart"))
+    if found["why_not"] is not None:
+        return
+    differ = max(proven["loss_difference"], proven["gradient_difference"])
+    if proven["holds"]:
+        tell(Note(text="packed rows give the loss and gradients of separate ones: "
+                       f"{number_text(differ, 2)} apart, bound {number_text(proven['bound'], 2)}"))
+    else:
+        found["why_not"] = (f"loss or gradients of two packed rows differ by {number_text(differ, 2)} from those of "
+                            f"separate rows (bound {number_text(proven['bound'], 2)})")
 
 
 def _stop_rate(recipe: Recipe, run: Run, net, accelerator) -> dict[str, Any] | None:
