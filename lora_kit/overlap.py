@@ -216,7 +216,7 @@ def rows(report: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A report as rows of a table; see COLUMNS."""
     return [(each["against"].replace("_", " "), str(each["items"]), str(each["same_question"]),
              str(each["same_question_and_answer"]), f"{each['over_threshold']} of {each['compared_by_ngram']}",
-             str(each["rows"]),
+             f"{each['rows']}, left out" if each["rows"] and each.get("dropped") else str(each["rows"]),
              ", ".join(f"{example['item']} in {example['row']}" for example in each["examples"][:1]) or "–")
             for each in report]
 
