@@ -242,8 +242,12 @@ def _check_whole_modules(model, section: LoraSection, token_ids: Sequence[int]) 
 
 
 def _check_matches(net, section: LoraSection) -> None:
-    """Every layer number, pattern and exclusion of ``section`` had something to act on."""
+    """Every target, layer number and pattern of ``section`` had something to act on, asked of what peft made."""
     targeted = net.base_model.targeted_module_names
+    for target in section.targets if section.targets != ["all-linear"] else ():
+        if not any(_ends(name, target) for name in targeted):
+            raise RecipeError("lora.targets", f"no module '{target}' is adapted",
+                              "check lora.exclude and lora.layers, or leave it out")
     for number in section.layers:
         if not any(re.search(rf"\.{number}\.", name) for name in targeted):
             numbers = {int(found) for name, _ in net.named_modules() for found in re.findall(r"\.(\d+)\.", name)}

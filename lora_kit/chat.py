@@ -105,10 +105,11 @@ def encode(tokenizer, conversation: Conversation, *, tools_mode: str = "template
         renderings.append(Rendering(text=talk.whole, num_messages=len(talk.messages), turns=()))
     examples = []
     for rendering in renderings:
-        ids, mask_T = _masked(tokenizer, talk, rendering, stop_tokens)
+        ids, mask_T, stops = _masked(tokenizer, talk, rendering, stop_tokens)
         if train_on == "everything" and rendering is renderings[-1]:
             mask_T = _everything(tokenizer, talk, rendering, mask_T, spoken)
-        examples.append(Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=mask_T, origin=talk.origin))
+        examples.append(Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=mask_T, origin=talk.origin,
+                                stops=stops))
     return examples
 
 
@@ -141,7 +142,7 @@ def prompt_ids(tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, 
     if tools_mode == "system":
         messages, tools = _tools_into_system(messages, tools or [])
     text = render(tokenizer, messages, tools, add_generation_prompt=True, origin="prompt")
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids, _ = _tokens_of(tokenizer, text, "prompt")
     _check_bos(tokenizer, ids, "prompt")
     return ids
 
@@ -156,7 +157,7 @@ def stop_token_ids(tokenizer) -> tuple[int, ...]:
                              origin="probe")
         turn = _talk(tokenizer, probe, "template").turn(1)
         if turn.stop:
-            ids, offsets = _tokens_of(tokenizer, turn.text)
+            ids, offsets = _tokens_of(tokenizer, turn.text, "probe")
             found.add(int(ids[_stop_at(ids, offsets, turn)]))
     return tuple(sorted(found))
 
@@ -215,18 +216,30 @@ def _talk(tokenizer, conversation: Conversation, tools_mode: str) -> Talk:
                 shift=len(messages) - len(conversation.messages))
 
 
-def _tokens_of(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a rendered text, and which characters each stands for."""
+def _tokens_of(tokenizer, text: str, origin: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a rendered text, and which characters each stands for; DataError when they end before the text."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return list(encoded["input_ids"]), encoded["offset_mapping"]
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    _check_end(text, offsets, origin)
+    return ids, offsets
 
 
-def _masked(tokenizer, talk: Talk, rendering: Rendering, stop_tokens: str) -> tuple[list[int], numpy.ndarray]:
-    """Token ids of a rendering and the mask (T,) of its turns."""
-    ids, offsets = _tokens_of(tokenizer, rendering.text)
+def _check_end(text: str, offsets: list[tuple[int, int]], origin: str) -> None:
+    """DataError when ``text`` goes on after its last token: a tokenizer that cuts, which nobody would be told."""
+    left = text[max((high for _, high in offsets), default=0):]
+    if left.strip():
+        raise DataError(origin, f"the tokenizer has no token for its last {len(left)} characters",
+                        "it truncates or drops them: mend the model's tokenizer, or the row")
+
+
+def _masked(tokenizer, talk: Talk, rendering: Rendering, stop_tokens: str
+            ) -> tuple[list[int], numpy.ndarray, tuple[int, ...]]:
+    """Token ids of a rendering, the mask (T,) of its turns, and where the stop tokens stand that are trained on."""
+    ids, offsets = _tokens_of(tokenizer, rendering.text, talk.origin)
     _check_bos(tokenizer, ids, talk.origin)
     marked = _marked_by_template(tokenizer, talk, rendering, ids)
     mask_T = numpy.zeros(len(ids), numpy.uint8)
+    stops = []
     for turn in rendering.turns:
         # Only tokens that begin in the turn: one that begins before it holds the prompt's characters too.
         inside = [t for t, (low, high) in enumerate(offsets) if turn.start <= low < turn.end and high > low]
@@ -252,7 +265,8 @@ def _masked(tokenizer, talk: Talk, rendering: Rendering, stop_tokens: str) -> tu
             raise DataError(talk.origin, "the chat template's generation markers leave out the stop token",
                             "mend the template, or set data.stop_tokens: optional")
         mask_T[sorted(trained)] = 1
-    return ids, mask_T
+        stops += [stop] if stop in trained else []
+    return ids, mask_T, tuple(stops)
 
 
 def _stop_at(ids: list[int], offsets: list[tuple[int, int]], turn: Turn) -> int:
@@ -277,7 +291,7 @@ def _everything(tokenizer, talk: Talk, rendering: Rendering, mask_T: numpy.ndarr
 
     Left out are turns of weight 0, and earlier turns in the form into which the template changed them.
     """
-    offsets = _tokens_of(tokenizer, rendering.text)[1]
+    offsets = _tokens_of(tokenizer, rendering.text, talk.origin)[1]
     everything_T = numpy.ones_like(mask_T)
     served = {turn.index for turn in rendering.turns}
     for index in spoken:
@@ -297,11 +311,14 @@ def _plain_text(tokenizer, conversation: Conversation, stop_tokens: str) -> Exam
     ids = _plain_ids(tokenizer, conversation)
     _check_bos(tokenizer, ids, conversation.origin)
     return Example(tokens_T=numpy.array(ids, numpy.int32), loss_mask_T=numpy.ones(len(ids), numpy.uint8),
-                   origin=conversation.origin)
+                   origin=conversation.origin, stops=(len(ids) - 1,) if ids[-1:] == [tokenizer.eos_token_id] else ())
 
 
 def _plain_ids(tokenizer, conversation: Conversation) -> list[int]:
-    ids = list(tokenizer(conversation.messages[0].content, add_special_tokens=True)["input_ids"])
+    text = conversation.messages[0].content
+    encoded = tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)
+    _check_end(text, encoded["offset_mapping"], conversation.origin)
+    ids = list(encoded["input_ids"])
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
     return ids

@@ -81,8 +81,9 @@ def prepare(recipe: Recipe, found: Prepared, base: dict[str, Any]) -> None:
         RefusedError: what was written is not what the ledger says, by recount.
         MachineError: the cache cannot be written.
     """
-    if found.exists and not _is_whole(found.folder):
-        tell(Caution(text=f"{found.folder} is not what was written there; the data is prepared again"))
+    wrong = _what_is_wrong(recipe, found, base) if found.exists else None
+    if wrong:
+        tell(Caution(text=f"{found.folder} {wrong}; the data is prepared again"))
         with writing(found.folder):
             shutil.rmtree(found.folder)
     if found.exists:
@@ -97,14 +98,29 @@ def prepare(recipe: Recipe, found: Prepared, base: dict[str, Any]) -> None:
     _write_overlap(recipe, found, overlap)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the files in ``folder`` are those that its manifest names, byte for byte."""
+def _made_of(recipe: Recipe, found: Prepared, base: dict[str, Any]) -> dict[str, Any]:
+    """What decides the token files, part by part, as the manifest says it: a check on the key, which is one hash."""
+    return {
+        "key": found.key, "data": recipe.section_json("data", "seed"), "tokenizer": base["content"],
+        "sources": {split: [{"reference": item.reference, "sha256": item.sha256, "revision": item.revision}
+                            for item in items] for split, items in found.sources.items()},
+        "code": prepared.code_sha256(), "libraries": prepared.library_versions(),
+    }
+
+
+def _what_is_wrong(recipe: Recipe, found: Prepared, base: dict[str, Any]) -> str | None:
+    """None when ``found.folder`` holds the files that its manifest names, byte for byte, made of what there is now."""
+    folder, now = found.folder, _made_of(recipe, found, base)
     try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return {path.name for path in folder.iterdir()} == {"manifest.json", *files} and all(
-            sources.file_sha256(folder / name) == expected for name, expected in files.items())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if {path.name for path in folder.iterdir()} != {"manifest.json", *files} or not all(
+                sources.file_sha256(folder / name) == expected for name, expected in files.items()):
+            return "is not what was written there"
+        others = [name for name in now if manifest.get(name) != now[name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return "is not what was written there"
+    return f"was made of other things ({', '.join(others)})" if others else None
 
 
 def _task_overlap(recipe: Recipe, found: Prepared) -> list[dict[str, Any]] | None:
@@ -141,11 +157,12 @@ class _Preparation:
     """One preparation: conversations in, token files and ledger out."""
 
     def __init__(self, recipe: Recipe, found: Prepared, base: dict[str, Any], out_dir: Path) -> None:
-        self.recipe, self.found, self.out_dir = recipe, found, out_dir
+        self.recipe, self.found, self.base, self.out_dir = recipe, found, base, out_dir
         self.tokenizer = chat.load_tokenizer(base["artifact"]["tokenizer"])
         self.ledger = Ledger()
         self.offsets: dict[str, numpy.ndarray] = {}
         self.first: list[Example] = []
+        self.stop_ids: set[int] = set()
         self.num_refused = 0
         self.without_trained: list[str] = []
         # Of every training example but further copies: a hash of its tokens, and whether its row repeats another.
@@ -169,13 +186,11 @@ class _Preparation:
             chat.check_stops(self.tokenizer, train.tokens, train.mask)
         self._write_preview()
         write_json(self.out_dir / "ledger.json", {
-            **self.ledger.as_dict(), "duplicates": duplicates, "overlap": self.selection.held_out_overlap,
-            **lengths_of(self.offsets),
+            **self.ledger.as_dict(), "stop_ids": sorted(self.stop_ids), "duplicates": duplicates,
+            "overlap": self.selection.held_out_overlap, **lengths_of(self.offsets),
         })
         write_json(self.out_dir / "manifest.json", {
-            "key": self.found.key, "tools": self.recipe.data.tools,
-            "sources": {split: [{"reference": item.reference, "sha256": item.sha256, "revision": item.revision}
-                                for item in items] for split, items in self.found.sources.items()},
+            **_made_of(self.recipe, self.found, self.base), "tools": self.recipe.data.tools,
             "files": {path.name: sources.file_sha256(path) for path in sorted(self.out_dir.iterdir())},
         })
         self._caution(duplicates)
@@ -228,7 +243,8 @@ class _Preparation:
                 continue
             num_trained = int(taken.loss_mask_T[1:].sum())  # nothing predicts the first token
             self.ledger.count(split, source, rows_used=1, tokens_trained=num_trained,
-                              tokens_context=len(taken.tokens_T) - num_trained)
+                              tokens_context=len(taken.tokens_T) - num_trained, turns_trained=len(taken.stops))
+            self.stop_ids.update(int(token) for stop in taken.stops for token in taken.tokens_T[stop:stop + 1])
             writer.append(taken)
             if split == "held_out":
                 if said is not last_said:  # one conversation may have made several examples

@@ -25,6 +25,7 @@ from typing import Any
 import numpy
 
 from lora_kit.errors import InternalError, RefusedError
+from lora_kit.types import Batch
 from lora_kit.units import count_text
 
 SPLITS = ("train", "held_out")
@@ -32,8 +33,9 @@ ROWS_IN = ("rows_in", "rows_repeated", "rows_split")
 ROWS_OUT = ("rows_used", "rows_unusable", "rows_dropped", "rows_left_out")
 TOKENS_IN = ("tokens_in", "tokens_repeated")
 TOKENS_OUT = ("tokens_trained", "tokens_context", "tokens_dropped", "tokens_cut")
-COUNTS = (*ROWS_IN, *ROWS_OUT, *TOKENS_IN, *TOKENS_OUT)
-"""Every count of the ledger, in the order in which tables show them."""
+COUNTS = (*ROWS_IN, *ROWS_OUT, *TOKENS_IN, *TOKENS_OUT, "turns_trained")
+"""Every count of the ledger, in the order in which tables show them. Turns trained are those (and the plain texts)
+that are trained on through their stop token."""
 
 NAMED_ROWS = 3
 """Rows that a reason names."""
@@ -116,12 +118,13 @@ class Ledger:
 # ---- the recount -----------------------------------------------------------------------
 
 
-def recount(folder: Path, split: str) -> dict[str, int]:
+def recount(folder: Path, split: str, stop_ids: Sequence[int] = ()) -> dict[str, int]:
     """Rows and tokens of a split, counted from its files alone, in little memory.
 
     Returns:
         ``rows_used``, ``tokens_trained`` (the mask without each row's first token, which nothing predicts),
-        ``tokens_context`` (the other tokens) and ``rows_without_trained``.
+        ``tokens_context`` (the other tokens), ``rows_without_trained`` and ``stops_trained`` (trained tokens that
+        are one of ``stop_ids``).
 
     Raises:
         RefusedError: the files are missing, broken, or do not fit each other.
@@ -135,7 +138,7 @@ def recount(folder: Path, split: str) -> dict[str, int]:
             raise ValueError("the offsets do not rise")
         if not offsets[-1] == len(tokens) == len(mask):
             raise ValueError(f"{offsets[-1]} tokens by the offsets, {len(tokens)} tokens, a mask of {len(mask)}")
-        trained = without = first = 0
+        trained = without = first = stops = 0
         while first < len(offsets) - 1:
             # By tokens, not by rows: numpy widens what it sums to eight bytes each.
             end = int(numpy.searchsorted(offsets, offsets[first] + _TOKENS_AT_ONCE, side="right")) - 1
@@ -147,24 +150,51 @@ def recount(folder: Path, split: str) -> dict[str, int]:
             by_row = numpy.add.reduceat(part, starts, dtype=numpy.int64) - part[starts]
             trained += int(by_row.sum())
             without += int((by_row == 0).sum())
+            stops += int(numpy.isin(tokens[places[0]:places[-1]][part == 1], stop_ids).sum()) if len(stop_ids) else 0
     except (OSError, ValueError, EOFError, IndexError, TypeError) as error:
         raise RefusedError(f"{folder}/{split}.*", f"the token files are not whole ({error})",
                            "remove that folder and run again") from None
     return {"rows_used": len(offsets) - 1, "tokens_trained": trained, "tokens_context": int(offsets[-1]) - trained,
-            "rows_without_trained": without}
+            "rows_without_trained": without, "stops_trained": stops}
 
 
 def check_recount(folder: Path, ledger: dict[str, Any]) -> None:
     """RefusedError when the token files in ``folder`` do not hold what ``ledger`` (its JSON) says."""
     for split, counts in ledger["splits"].items():
-        found = recount(folder, split)
+        found = recount(folder, split, ledger.get("stop_ids", ()))
         for name in ("rows_used", "tokens_trained", "tokens_context"):
             if found[name] != counts[name]:
                 raise RefusedError(f"{folder}/{split}.*", f"hold {found[name]:,} {_words(name)} by recount, the ledger "
                                    f"says {counts[name]:,}", "remove that folder and run again")
+        # More than one to a turn is possible: an answer may say a stop token, and prompts may be trained too.
+        if found["stops_trained"] < counts.get("turns_trained", 0):
+            raise RefusedError(f"{folder}/{split}.*", f"train {found['stops_trained']:,} stop tokens by recount, the "
+                               f"ledger says {counts['turns_trained']:,} turns end in one",
+                               "remove that folder and run again")
         if found["rows_without_trained"]:
             raise RefusedError(f"{folder}/{split}.*", f"{found['rows_without_trained']:,} rows have no trained token",
                                "remove that folder and run again")
+
+
+def check_batch(batch: Batch, *, num_trained: int, num_tokens: int, origins: Sequence[str]) -> None:
+    """InternalError when a batch does not hold the tokens of its rows, or not those to train on.
+
+    Counted from the tensors that the model and the loss are given, not from what made them: a label lost to padding,
+    a row cut, a token that the attention mask hides or a row's first token predicted from its neighbour shows here.
+
+    Args:
+        num_trained, num_tokens: of the batch's rows, by the token files.
+        origins: where those rows come from.
+    """
+    packed = batch.attention_mask_BT is None
+    # A shared prefix stands there once, and is read by every row.
+    again = batch.prefix_length * (len(batch.document_lengths) - 1)
+    seen = batch.tokens_BT.numel() + again if packed else int(batch.attention_mask_BT.sum())
+    trained = int((batch.labels_BT[:, 1:] >= 0).sum())
+    if (trained, seen) != (num_trained, num_tokens):
+        raise InternalError(f"batch of {', '.join(origins[:NAMED_ROWS])}", f"holds {trained:,} trained tokens of "
+                            f"{seen:,} by recount, its rows in the token files {num_trained:,} of {num_tokens:,}",
+                            "report it as a bug")
 
 
 def padded_tokens(lengths: Sequence[int] | Mapping[int, int], micro_batches: Iterable[Sequence[int]]) -> int:

@@ -1,14 +1,16 @@
-"""The loss: negative log-likelihood of the trained tokens, summed, in fp32.
+"""The loss: negative log-likelihood of the trained tokens, summed, in fp32; and its gradients over a whole batch.
 
-Sums, not means: the loop divides by the trained tokens of the whole global batch, so
-that accumulation, packing and the number of processes change nothing. The head runs only
-at positions that some row of the batch trains on.
+Sums, not means: what is learnt is divided by the trained tokens of the whole global batch, so
+that accumulation, packing and the number of processes change nothing. The loop and the proof
+before it (``proof.py``) both go through :func:`accumulate`. The head runs only at positions that
+some row of the batch trains on.
 
 Shape suffixes: B rows, T positions, K positions kept, V vocabulary. Reads and writes nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -40,3 +42,34 @@ def loss_sum(model, batch: Batch) -> torch.Tensor:
         return logits_BKV.sum()  # one number: the loss itself
     return cross_entropy(logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=IGNORED,
                          reduction="sum")
+
+
+def accumulate(
+    net, batches: Iterable[Batch], num_trained: int, accelerator, *,
+    backward: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Add to the gradients of ``net`` those of a whole batch, one forward pass after another.
+
+    Args:
+        net: as for :func:`loss_sum`; wrapped by DDP where several processes share the batch.
+        batches: this process's forward passes, at least one.
+        num_trained: trained tokens of the whole batch, over all passes and processes: the divisor of each pass.
+        backward: in place of ``accelerator.backward``.
+
+    Returns:
+        The summed loss of this process's passes: a scalar, in nats, not divided.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    waiting = iter(batches)
+    batch = next(waiting, None)
+    while batch is not None:
+        following = next(waiting, None)
+        # DDP sums over the processes once, after the last pass.
+        with getattr(net, "no_sync", nullcontext)() if following is not None else nullcontext():
+            with accelerator.autocast():
+                summed = loss_sum(net, batch)
+            # DDP averages gradients over processes, so the sum is scaled back up.
+            (backward or accelerator.backward)(summed * accelerator.num_processes / num_trained)
+        total += summed.detach()
+        batch = following
+    return total

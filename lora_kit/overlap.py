@@ -2,10 +2,16 @@
 
 Two measures. *Exact*: a training row has the item's question (every message before its last
 answer, but for a system message), or question and answer. *By 8-gram*: the share of an item's
-word 8-grams that occur in the training rows; over 70 % counts as overlapping. Words are
+word 8-grams that occur in the training rows; 70 % or more counts as overlapping. Words are
 runs of letters and digits in lower case (a CJK character is a word by itself), and an 8-gram
-lies within one message. The 8-grams of lower-cased alphanumeric words are GPT-2's measure
-(Radford et al. 2019, section 4), the 70 % PaLM's (Chowdhery et al. 2022, section 8).
+lies within one message.
+
+What is taken from where: GPT-2's authors looked for 8-grams of lower-cased alphanumeric words of
+test sets in the training data, and gave a share for each set without a threshold (Radford et al.
+2019, section 4). PaLM's called an item contaminated when at least 70 % of the 8-grams of its
+question, its prompt or its target occur in the training data (Chowdhery et al. 2022, section 8).
+Ours are: question and answer taken together, the share that a single training row has (which says
+which row to leave out), the words of CJK, and what follows a question of at least 8 words.
 
 Memory is bounded by the items, not by the training rows: the items' 8-grams lie in a sorted
 array of 64-bit hashes, and training rows stream past it. Two 8-grams of the same hash are
@@ -213,7 +219,7 @@ def rows(report: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A report as rows of a table; see COLUMNS."""
     return [(each["against"].replace("_", " "), str(each["items"]), str(each["same_question"]),
              str(each["same_question_and_answer"]), f"{each['over_threshold']} of {each['compared_by_ngram']}",
-             str(each["rows"]),
+             f"{each['rows']}, left out" if each["rows"] and each.get("dropped") else str(each["rows"]),
              ", ".join(f"{example['item']} in {example['row']}" for example in each["examples"][:1]) or "–")
             for each in report]
 

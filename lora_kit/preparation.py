@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_kit import fast, packing, proof, stopwatch, tokens
+from lora_kit.errors import InternalError, ModelError
 from lora_kit.events import Caution, Note, tell
 from lora_kit.recipe import FAST_PARTS, Recipe, TrainSection
 from lora_kit.units import number_text
@@ -33,38 +34,92 @@ def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, a
         precision: fp32, bf16 or fp16: the arithmetic.
 
     Returns:
-        ``packing``: ``budget`` (tokens of a pass; None: padded), ``why_not`` and ``proof``;
-        ``fast``: ``parts`` (by name: ``modules`` served and ``left``, numbers by reason), ``why_not`` and ``proof``.
-        A proof is None, or what :meth:`lora_kit.proof.Reference.compare` gives and ``rows``.
+        ``packing``: ``budget`` (tokens of a pass; None: padded), ``why_not`` and ``proof`` (None, or what
+        :meth:`lora_kit.proof.Proof.of_batches` gives and ``rows``); ``fast``: ``parts`` (by name: ``modules`` served
+        and ``left``, numbers by reason), ``why_not`` and ``proof`` (None, or :meth:`lora_kit.proof.Proof.of_path`'s).
+
+    Raises:
+        InternalError: accumulation weighs rows wrongly.
+        ModelError: rows in one pass teach something else than one by one, and rounding does not explain it.
     """
-    settings = recipe.train
-    packed: dict[str, Any] = {"budget": None, "why_not": None, "proof": None}
-    quick: dict[str, Any] = {"parts": {}, "why_not": None, "proof": None}
-    if settings.packing:
-        packed["why_not"] = packing.why_not_packed(net.get_base_model())
-    is_packed = settings.packing and packed["why_not"] is None
-    if is_packed:
-        packing.use_packing(net.get_base_model())
-    reference, rows = None, []
-    if is_packed or settings.fast:
-        reference, rows = _reference(net, settings, examples, num_steps, accelerator, precision)
-    if is_packed and reference is not None:
-        packed["proof"] = reference.compare(packed=True) | {"rows": rows}
-        if packed["proof"]["holds"]:
-            tell(Note(text=f"packed rows give the loss and gradients of separate ones: {_apart(packed['proof'])}"))
-        else:
-            packing.stop_packing(net.get_base_model())
-            is_packed = False
-            packed["why_not"] = ("loss or gradients of two packed rows differ from those of separate rows: "
-                                 + _apart(packed["proof"]))
-    if packed["why_not"]:
-        tell(Caution(text=f"rows are padded, not packed: {packed['why_not']}"))
-    if is_packed:
+    settings, plain_model = recipe.train, net.get_base_model()
+    why_not = packing.why_not_packed(plain_model) if settings.packing else "train.packing is false"
+    packed: dict[str, Any] = {"budget": None, "why_not": why_not, "proof": None}
+    if why_not is None:
+        packing.use_packing(plain_model)
+    chosen, proven = _rows_to_prove(settings, examples, num_steps), None
+    if chosen:
+        proven = proof.Proof(net, [examples[row] for row in chosen], accelerator, precision)
+        packed["proof"] = proven.of_batches(packed=why_not is None) | {
+            "rows": [examples.origins[row] for row in chosen]}
+        _look_at_proof(packed, precision == "fp32" and recipe.model.load_in == "16bit")
+    if packed["why_not"] is None:
         packed["budget"] = settings.pack_tokens or _budget(recipe, accelerator.device.type)
+    else:
+        packing.stop_packing(plain_model)
+        if settings.packing:
+            tell(Caution(text=f"rows are padded, not packed: {packed['why_not']}"))
+    quick: dict[str, Any] = {"parts": {}, "why_not": None, "proof": None}
     if settings.fast:
         lengths = [examples.length(row) for row in range(min(len(examples), _ROWS_TO_TIME))]
-        _use_fast(net, settings, reference, rows, is_packed, quick, lengths)
+        _use_fast(net, settings, proven, packed["budget"] is not None, quick, lengths)
     return {"packing": packed, "fast": quick}
+
+
+def _rows_to_prove(settings: TrainSection, examples: tokens.ExampleFile, num_steps: int) -> list[int]:
+    """The two rows to prove batches on; none where the recipe does not ask for it, or where it would cost too much."""
+    if settings.prove is False:
+        return []
+    lengths = [examples.length(row) for row in range(len(examples))]
+    chosen = proof.rows_to_prove(lengths, [examples.num_trained(row) for row in range(len(examples))])
+    in_run = num_steps * settings.batch_size * sum(lengths) / len(lengths)
+    cheap = proof.is_cheap(sum(lengths[row] for row in chosen), in_run)
+    return chosen if len(chosen) == 2 and (settings.prove is True or cheap) else []
+
+
+def _look_at_proof(packed: dict[str, Any], is_exact: bool) -> None:
+    """Raise, tell or set ``why_not`` by what the proof in ``packed`` says; ``is_exact``: rounding explains little."""
+    proven = packed["proof"]
+    of_rows = f"loss or gradients of {' and '.join(proven['rows'])}"
+    if not proven["accumulates"]:
+        raise InternalError("train.prove", f"{of_rows}, accumulated, differ by "
+                            f"{number_text(proven['accumulation'], 2)} from their sum (bound "
+                            f"{number_text(proven['accumulation_bound'], 2)})", "report it as a bug")
+    if not proven["adds_up"]:
+        apart = (f"{of_rows} in one pass differ by {number_text(proven['floor'], 2)} from those of a pass each (bound "
+                 f"{number_text(proven['floor_bound'], 2)})")
+        if is_exact:
+            raise ModelError("train.prove", apart, "the model mixes the rows of a batch, or this is a bug to report; "
+                             "train.prove: false trains all the same")
+        tell(Caution(text=f"{apart}: rounding, or a fault; train.precision: fp32 tells them apart"))
+    if packed["why_not"] is None:
+        if proven["holds"]:
+            tell(Note(text=f"packed rows give the loss and gradients of separate ones: {_apart(proven)}"))
+        else:
+            packed["why_not"] = f"loss or gradients of two packed rows differ by too much: {_apart(proven)}"
+
+
+def _use_fast(net, settings: TrainSection, proven: proof.Proof | None, is_packed: bool, quick: dict[str, Any],
+              lengths: list[int]) -> None:
+    parts = FAST_PARTS if "auto" in settings.fast else settings.fast
+    used = fast.use_fast(net, parts, lengths)
+    quick["parts"] = {name: {"modules": part.num_modules, "left": part.left} for name, part in used.items()}
+    if not any(part.num_modules for part in used.values()):
+        quick["why_not"] = "no part of it fits this model"
+    elif proven is not None:
+        quick["proof"] = proven.of_path(packed=is_packed, share_prefix=shares_prefix(quick))
+        if not quick["proof"]["holds"]:
+            fast.stop_fast(net)
+            quick["why_not"] = f"its loss or gradients on two rows differ from plain ones: {_apart(quick['proof'])}"
+    if quick["why_not"]:
+        tell(Caution(text=f"the fast path is not used: {quick['why_not']}"))
+        return
+    served = ", ".join(f"{part.num_modules} {_NOUNS[name]}" for name, part in used.items() if part.num_modules)
+    apart = f"; loss and gradients are the plain ones: {_apart(quick['proof'])}" if quick["proof"] else ""
+    tell(Note(text=f"fast path: {served}{apart}"))
+    for name, part in used.items():
+        for reason, number in part.left.items():
+            tell(Note(text=f"the plain path serves {number} {_NOUNS[name]}: {reason}"))
 
 
 def _budget(recipe: Recipe, device_type: str) -> int:
@@ -75,41 +130,6 @@ def _budget(recipe: Recipe, device_type: str) -> int:
     longest = recipe.data.max_tokens
     rows = recipe.train.micro_batch_size * longest
     return min(rows, max(longest, _CPU_PASS_TOKENS)) if device_type == "cpu" else rows
-
-
-def _use_fast(net, settings: TrainSection, reference, rows: list[str], is_packed: bool, quick: dict[str, Any],
-              lengths: list[int]) -> None:
-    parts = FAST_PARTS if "auto" in settings.fast else settings.fast
-    used = fast.use_fast(net, parts, lengths)
-    quick["parts"] = {name: {"modules": part.num_modules, "left": part.left} for name, part in used.items()}
-    if not any(part.num_modules for part in used.values()):
-        quick["why_not"] = "no part of it fits this model"
-    elif reference is not None:
-        quick["proof"] = reference.compare(is_packed, shares_prefix(quick)) | {"rows": rows}
-        if not quick["proof"]["holds"]:
-            fast.stop_fast(net)
-            quick["why_not"] = f"its loss or gradients on two rows differ from plain ones: {_apart(quick['proof'])}"
-    if quick["why_not"]:
-        tell(Caution(text=f"the fast path is not used: {quick['why_not']}"))
-        return
-    served = ", ".join(f"{part.num_modules} {_NOUNS[name]}" for name, part in used.items() if part.num_modules)
-    proven = f"; loss and gradients are the plain ones: {_apart(quick['proof'])}" if quick["proof"] else ""
-    tell(Note(text=f"fast path: {served}{proven}"))
-    for name, part in used.items():
-        for reason, number in part.left.items():
-            tell(Note(text=f"the plain path serves {number} {_NOUNS[name]}: {reason}"))
-
-
-def _reference(net, settings: TrainSection, examples: tokens.ExampleFile, num_steps: int, accelerator, precision: str):
-    """The reference of a proof with the origins of its rows; None where no proof is to be made."""
-    lengths = [examples.length(row) for row in range(len(examples))]
-    chosen = proof.rows_to_prove(lengths, [examples.num_trained(row) for row in range(len(examples))])
-    in_run = num_steps * settings.batch_size * sum(lengths) / len(lengths)
-    cheap = proof.is_cheap(sum(lengths[row] for row in chosen), in_run)
-    if len(chosen) < 2 or not (settings.prove is True or settings.prove == "auto" and cheap):
-        return None, []
-    found = proof.Reference(net, [examples[row] for row in chosen], accelerator, precision)
-    return found, [examples.origins[row] for row in chosen]
 
 
 def _apart(found: dict[str, Any]) -> str:

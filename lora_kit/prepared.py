@@ -81,7 +81,7 @@ def find(recipe: Recipe, relative_to: Path, base: dict[str, Any]) -> Prepared:
         "sources": {split: [[item.reference, item.sha256, item.revision] for item in items]
                     for split, items in found.items()},
         "tokenizer": base["content"],
-        "code": _code_sha256(), "libraries": {name: _version(name) for name in _LIBRARIES},
+        "code": code_sha256(), "libraries": library_versions(),
     }
     if recipe.data.overlap == "drop":  # what is trained on then depends on what the evaluation asks
         parts["items"] = items_sha256(recipe, relative_to)
@@ -123,6 +123,11 @@ def _version_of(package: str) -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(distributions)))
 
 
+def library_versions() -> dict[str, str | None]:
+    """Versions of the libraries that render and tokenize."""
+    return {name: _version(name) for name in _LIBRARIES}
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -138,7 +143,8 @@ def items_sha256(recipe: Recipe, relative_to: Path) -> str:
     return hashlib.sha256(json.dumps([tasks.fingerprint(), limit]).encode()).hexdigest()
 
 
-def _code_sha256() -> str:
+def code_sha256() -> str:
+    """SHA-256 of lora-kit's own code that decides tokens."""
     digest = hashlib.sha256()
     for name in _CODE:
         path = _PACKAGE / name

@@ -267,9 +267,10 @@ class TrainSection(Section):
     """Tokens of one packed forward pass. Default: `micro_batch_size` rows of `data.max_tokens`; on a CPU at most 1024,
     or one such row, since longer passes hold more there and are no faster."""
     prove: Literal["auto", True, False] = "auto"
-    """Before the first step, compare loss and gradients of two rows, packed and through the fast path, with those of
-    the same rows one by one through plain peft, on this model; packing or the fast path is switched off when they
-    differ. auto: when that costs under 2 % of the run."""
+    """Before the first step, compare loss and gradients of two rows in one forward pass, padded, packed and through the
+    fast path, with those of the same rows one by one through plain peft, on this model. Packing or the fast path is
+    switched off where it differs; padded rows that differ by more than rounding are an error in fp32, else a caution.
+    auto: when that costs under 2 % of the run."""
     fast: Annotated[
         list[FastPart], BeforeValidator(_as_list), _one_or_many({"enum": list(get_args(FastPart)), "type": "string"})
     ] = ["auto"]

@@ -55,7 +55,7 @@ def _ledger_blocks(found: Findings) -> list[Block]:
     if report:
         blocks.append(Table(
             title="Overlap of training rows with what is measured", columns=overlap.COLUMNS, rows=overlap.rows(report),
-            numeric=(1, 2, 3, 5), note=(
+            numeric=(1, 2, 3, 4, 5), note=(
                 "Items whose question, or question and answer, stand in a training row; and items of whose word "
                 f"{overlap.NGRAM}-grams at least {overlap.THRESHOLD:.0%} occur in the training rows.")))
     figure = _length_figure(ledger)
@@ -72,4 +72,4 @@ def _length_figure(ledger: dict) -> Figure | None:
              f"{count_text(lengths.get('max'))} at most.")
     wide, narrow = (charts.histogram(bars["edges"], counts, x_title="tokens of an example", words=words, width=width)
                     for width in (760, 360))
-    return Figure(wide_svg=wide, narrow_svg=narrow, caption=f"Lengths of the examples. {words}", words=words)
+    return Figure(wide_svg=wide, narrow_svg=narrow, caption=f"Number of examples by their length. {words}", words=words)

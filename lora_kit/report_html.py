@@ -68,6 +68,7 @@ table{border-collapse:separate;border-spacing:0;width:100%;font-size:13.5px;font
 th,td{text-align:left;vertical-align:top;padding:7px 12px 7px 0;border-bottom:1px solid var(--line)}
 th{font-weight:600;color:var(--soft);font-size:12.5px;line-height:1.35;vertical-align:bottom}
 td:first-child{font-weight:550}
+td:not(.n):not(:first-child){overflow-wrap:anywhere;min-width:7.5em}
 table.small{width:auto}
 table.small td:first-child,table.small th:first-child{min-width:150px;padding-right:32px}
 tr:last-child td{border-bottom:0}
@@ -117,6 +118,7 @@ nav div{padding:8px 14px;flex-wrap:nowrap;overflow-x:auto}
 section{padding:16px 14px}h1{font-size:23px}.wide{display:none}.narrow{display:block}
 .cards{grid-template-columns:repeat(2,1fr)}.card .value{font-size:18px}
 .verdicts li{grid-template-columns:1fr}.verdicts .evidence{grid-column:1}
+td:not(.n):not(:first-child){min-width:11em}
 td:first-child,th:first-child{position:sticky;left:0;background:var(--panel)}}
 @media print{nav{display:none}section{break-inside:avoid-page;border-color:#ccc}}
 """

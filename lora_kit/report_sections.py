@@ -182,14 +182,19 @@ def training(found: Findings) -> Section:
 
 def _packing_text(packing: dict[str, Any]) -> str:
     """How the rows of a batch were laid out, and what proved it."""
+    proof = packing.get("proof") or {}
+    whole = ""
+    if proof.get("floor_bound") is not None:
+        whole = (f"; padded into one pass {number_text(proof['floor'], 2)} (bound "
+                 f"{number_text(proof['floor_bound'], 2)}), accumulated {number_text(proof['accumulation'], 2)} (bound "
+                 f"{number_text(proof['accumulation_bound'], 2)})")
     if packing.get("budget") is None:
-        return f"padded: {packing.get('why_not') or 'train.packing is false'}"
-    proof = packing.get("proof")
+        return f"padded: {packing.get('why_not') or 'train.packing is false'}{whole}"
     if not proof:
         return "packed, not proven on this model (train.prove)"
     return (f"packed: loss {number_text(proof['loss_difference'], 2)} and gradients "
             f"{number_text(proof['gradient_difference'], 2)} from those of separate rows, relative (bound "
-            f"{number_text(proof['bound'], 2)})")
+            f"{number_text(proof['bound'], 2)}){whole}")
 
 
 def _fast_text(fast: dict[str, Any]) -> str:

@@ -181,7 +181,7 @@ class Selection:
                 rows = self._keep(source, rows, keep, f"overlaps {group.replace('_', ' ')}")
                 groups = [found for found, stays in zip(groups, keep, strict=True) if stays]
             kept.append(rows)
-        report = probes.report()
+        report = [{**each, "dropped": drops} for each in probes.report()]
         self.held_out_overlap = [each for each in report if each["against"] == HELD_OUT]
         if self.task_overlap is not None:
             self.task_overlap = [each for each in report if each["against"] != HELD_OUT]

@@ -16,8 +16,7 @@ Encode = Callable[[Conversation], list[Example]]
 
 def cut(example: Example, policy: str, most: int) -> Example:
     """The first (``cut_end``) or the last (``cut_start``) ``most`` tokens of ``example``."""
-    kept = slice(None, most) if policy == "cut_end" else slice(-most, None)
-    return replace(example, tokens_T=example.tokens_T[kept], loss_mask_T=example.loss_mask_T[kept])
+    return _part(example, 0 if policy == "cut_end" else len(example.tokens_T) - most, most)
 
 
 def split(conversation: Conversation, examples: list[Example], encode: Encode, most: int,
@@ -76,6 +75,11 @@ def _piece(conversation: Conversation, head: list[Message], exchanges: list[list
 
 
 def _stretches(example: Example, most: int) -> list[Example]:
-    return [replace(example, tokens_T=example.tokens_T[start:start + most],
-                    loss_mask_T=example.loss_mask_T[start:start + most])
-            for start in range(0, len(example.tokens_T), most)]
+    return [_part(example, start, most) for start in range(0, len(example.tokens_T), most)]
+
+
+def _part(example: Example, start: int, most: int) -> Example:
+    """The at most ``most`` tokens of ``example`` from ``start`` on."""
+    end = start + most
+    return replace(example, tokens_T=example.tokens_T[start:end], loss_mask_T=example.loss_mask_T[start:end],
+                   stops=tuple(stop - start for stop in example.stops if start <= stop < end))

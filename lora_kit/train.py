@@ -22,7 +22,6 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,8 @@ from lora_kit import (
 )
 from lora_kit.errors import DivergedError, RecipeError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
-from lora_kit.ledger import padded_tokens
-from lora_kit.loss import loss_sum
+from lora_kit.ledger import check_batch, padded_tokens
+from lora_kit.loss import accumulate, loss_sum
 from lora_kit.optimizer import make_optimizer, set_learning_rate
 from lora_kit.recipe import Recipe, TrainSection
 from lora_kit.rundir import Run, writing
@@ -65,6 +64,8 @@ def stage(recipe: Recipe, run: Run) -> Result:
     Raises:
         StoppedError: SIGINT or SIGTERM came; a checkpoint is saved.
         DivergedError: a loss or gradient is not finite; the last checkpoint is from before it.
+        ModelError: rows in one pass teach something else than one by one (``train.prove``).
+        InternalError: a batch is not what the token files say, or accumulation weighs rows wrongly.
         RecipeError: the batch cannot be split over the processes.
     """
     import torch
@@ -123,17 +124,8 @@ def stage(recipe: Recipe, run: Run) -> Result:
 
             # One optimizer step: every process takes its share of the batch, in micro-batches.
             num_trained = sum(train_rows.num_trained(row) for row in batch_rows)
-            micro_batches = shares.of(batch_rows, train_rows)
-            total = torch.zeros((), device=accelerator.device)
-            for index, micro in enumerate(micro_batches):
-                batch = shares.batch_of(micro, train_rows)
-                last = index == len(micro_batches) - 1
-                with nullcontext() if last or wrapped is net else accelerator.no_sync(wrapped):
-                    with accelerator.autocast():
-                        summed = loss_sum(wrapped, batch)
-                    # DDP averages gradients over processes, so the sum is scaled back up.
-                    accelerator.backward(summed * accelerator.num_processes / num_trained)
-                total += summed.detach()
+            passes = (shares.batch_of(micro, train_rows) for micro in shares.of(batch_rows, train_rows))
+            total = accumulate(wrapped, passes, num_trained, accelerator)
             loss = float(accelerator.reduce(total, "sum")) / num_trained
             grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
             if not (math.isfinite(loss) and (math.isfinite(grad_norm) or settings.precision == "fp16")):
@@ -240,10 +232,15 @@ class _Shares:
         return sum(padded_tokens(lengths, plan) for plan in plans)
 
     def batch_of(self, micro: Sequence[int], examples: tokens.ExampleFile) -> Batch:
+        """One forward pass, recounted: InternalError when it trains on other than what the token files say."""
         chosen = [examples[row] for row in micro]
         if self.budget is None:
-            return tokens.batch_of(chosen, 0, self.accelerator.device)
-        return packing.packed_batch_of(chosen, self.accelerator.device, self.share_prefix)
+            batch = tokens.batch_of(chosen, 0, self.accelerator.device)
+        else:
+            batch = packing.packed_batch_of(chosen, self.accelerator.device, self.share_prefix)
+        check_batch(batch, num_trained=sum(map(examples.num_trained, micro)),
+                    num_tokens=sum(map(examples.length, micro)), origins=[example.origin for example in chosen])
+        return batch
 
 
 @stopwatch.part("held-out loss")

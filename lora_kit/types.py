@@ -52,11 +52,16 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Token ids (T,) and a mask (T,) that is 1 where the token is trained on."""
+    """Token ids (T,) and a mask (T,) that is 1 where the token is trained on.
+
+    ``stops`` are the positions of the tokens that end its trained turns, known when it is made and not read back
+    from files.
+    """
 
     tokens_T: Any
     loss_mask_T: Any
     origin: str
+    stops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

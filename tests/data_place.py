@@ -60,6 +60,7 @@ def check(folder: Path) -> None:
         assert counts["tokens_in"] + counts["tokens_repeated"] == (
             counts["tokens_trained"] + counts["tokens_context"] + counts["tokens_dropped"] + counts["tokens_cut"])
         assert counts["rows_used"] == len(examples)
+        assert counts["turns_trained"] <= counts["tokens_trained"]
         assert counts["tokens_trained"] == sum(examples.num_trained(row) for row in range(len(examples)))
         assert counts["tokens_trained"] + counts["tokens_context"] == sum(
             examples.length(row) for row in range(len(examples)))

@@ -270,6 +270,7 @@ def test_a_long_text_is_split_into_stretches_that_lose_nothing(place):
     found = place.prepare("data.held_out=held.jsonl", "data.too_long=split_turns")
     assert [read_examples(found.folder, "train").length(row) for row in range(4)] == [200, 200, 101, 6]
     assert counts_of(found)["tokens_repeated"] == counts_of(found)["tokens_cut"] == 0
+    assert counts_of(found)["turns_trained"] == 2  # an end each, whatever the number of stretches
     assert [len(conversation.messages[0].content) for conversation in read_held_out(found.folder)][:2] == [200, 200]
 
 

@@ -297,16 +297,16 @@ def test_the_proof_catches_a_part_that_is_wrong(monkeypatch):
 
     net = random_model("llama")
     packing.use_packing(net.get_base_model())
-    reference = proof.Reference(net, rows()[:2], OneProcess, "fp32")
+    reference = proof.Proof(net, rows()[:2], OneProcess, "fp32")
     fast.use_fast(net, FAST_PARTS)
-    assert reference.compare(packed=True)["holds"]
+    assert reference.of_path(packed=True)["holds"]
     right = linear.backward
 
     def without_scale(dy, x, h, w, wants_dx, into=None):
         return right(dy, x, h, w._replace(scale=1.0), wants_dx, into)
 
     monkeypatch.setattr(linear, "backward", without_scale)
-    assert not reference.compare(packed=True)["holds"]
+    assert not reference.of_path(packed=True)["holds"]
 
 
 def test_the_proof_sees_errors_that_a_fresh_adapter_would_hide():
@@ -318,7 +318,7 @@ def test_the_proof_sees_errors_that_a_fresh_adapter_would_hide():
         for name, parameter in net.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-    reference = proof.Reference(net, rows()[:2], OneProcess, "fp32")
+    reference = proof.Proof(net, rows()[:2], OneProcess, "fp32")
     named = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     gradients = dict(zip(named, reference.separate[1], strict=True))
     assert all(bool(gradient.any()) for name, gradient in gradients.items() if "lora_A" in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -81,8 +82,8 @@ def test_what_does_not_balance_fails_by_source(numbers):
 
 def test_the_recount_agrees_with_the_files(written):
     folder, book = written
-    assert recount(folder, "train") == {
-        "rows_used": 3, "tokens_trained": 4, "tokens_context": 5, "rows_without_trained": 0}
+    assert recount(folder, "train", [2]) == {
+        "rows_used": 3, "tokens_trained": 4, "tokens_context": 5, "rows_without_trained": 0, "stops_trained": 2}
     check_recount(folder, book)
 
 
@@ -93,8 +94,9 @@ def test_the_recount_goes_over_the_rows_in_stretches(tmp_path, monkeypatch, at_o
     rows = [example([0, 1, *rng.integers(0, 2, rng.integers(0, 9))]) for _ in range(23)]
     write_examples(tmp_path, "train", rows)
     trained = sum(int(row.loss_mask_T[1:].sum()) for row in rows)
-    assert recount(tmp_path, "train") == {
-        "rows_used": 23, "tokens_trained": trained, "rows_without_trained": 0,
+    stops = sum(int(row.loss_mask_T[token]) for row in rows for token in (3, 5) if token < len(row.tokens_T))
+    assert recount(tmp_path, "train", [3, 5]) == {
+        "rows_used": 23, "tokens_trained": trained, "rows_without_trained": 0, "stops_trained": stops,
         "tokens_context": sum(len(row.tokens_T) for row in rows) - trained}
 
 
@@ -128,6 +130,42 @@ def test_a_silent_cut_is_caught(written, name):
     np.save(path, np.load(path)[:-1])
     with pytest.raises(RefusedError, match=r"train\.\*: (the token files are not whole|hold 2 rows)"):
         check_recount(folder, book)
+
+
+@pytest.mark.parametrize(("turns", "told"), [(2, None), (3, "train 2 stop tokens by recount, the ledger says 3 turns")])
+def test_a_turn_whose_stop_token_is_not_trained_is_refused(written, turns, told):
+    folder, book = written
+    book["stop_ids"] = [2]  # trained in two of the three rows
+    book["splits"]["train"]["turns_trained"] = turns
+    if told is None:
+        check_recount(folder, book)
+        return
+    with pytest.raises(RefusedError, match=told):
+        check_recount(folder, book)
+
+
+def batch_of_rows(**changes):
+    from lora_kit.tokens import batch_of
+
+    return dataclasses.replace(batch_of(ROWS, 0, "cpu"), **changes)
+
+
+def test_a_batch_is_counted_from_its_tensors(written):
+    import torch
+
+    batch = batch_of_rows()
+    counts = {"num_trained": 4, "num_tokens": 9, "origins": ["a:1", "a:2"]}
+    ledger.check_batch(batch, **counts)
+    lost = batch.labels_BT.clone()
+    lost[0, 2] = -100
+    hidden = batch.attention_mask_BT.clone()
+    hidden[1, 0] = 0
+    for planted, told in (({"labels_BT": lost}, "3 trained tokens of 9"),
+                          ({"attention_mask_BT": hidden}, "4 trained tokens of 8"),
+                          ({"attention_mask_BT": torch.ones_like(hidden)}, "4 trained tokens of 12")):
+        with pytest.raises(InternalError, match=f"batch of a:1, a:2: holds {told} by recount, its rows in the token "
+                                                "files 4 of 9; report it as a bug"):
+            ledger.check_batch(batch_of_rows(**planted), **counts)
 
 
 def test_a_mask_that_is_none_is_refused(written):

@@ -155,6 +155,7 @@ def test_packed_padded_separate_and_accumulated_rows_teach_the_same(family, atte
 
 class OneProcess:
     device = "cpu"
+    num_processes = 1
 
     @staticmethod
     def reduce(tensor, _):
@@ -171,7 +172,7 @@ class OneProcess:
 def test_the_proof_holds_where_rows_are_kept_apart(family):
     net = random_model(family)
     packing.use_packing(net.get_base_model())
-    found = proof.prove_packing(net, rows()[:2], OneProcess, "fp32")
+    found = proof.prove_batches(net, rows()[:2], OneProcess, "fp32", packed=True)
     assert found["holds"] and found["gradient_difference"] < 1e-4 and net.training
     assert all(parameter.grad is None for parameter in net.parameters())
 
@@ -184,7 +185,7 @@ def test_the_proof_catches_neighbours_that_read_each_other(monkeypatch):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register(packing.PER_DOCUMENT, sdpa_attention_forward)
-    found = proof.prove_packing(net, rows()[:2], OneProcess, "fp32")
+    found = proof.prove_batches(net, rows()[:2], OneProcess, "fp32", packed=True)
     assert not found["holds"] and found["gradient_difference"] > 100 * found["bound"]
 
 
@@ -198,7 +199,7 @@ def test_the_proof_catches_positions_that_run_on(monkeypatch):
 
     monkeypatch.setattr(proof, "packed_batch_of", running_on)
     net = random_model("gpt_neox", "eager")  # eager makes its block mask from the positions
-    assert not proof.prove_packing(net, rows()[:2], OneProcess, "fp32")["holds"]
+    assert not proof.prove_batches(net, rows()[:2], OneProcess, "fp32", packed=True)["holds"]
 
 
 def test_a_model_with_a_state_from_row_to_row_is_not_packed():
@@ -218,4 +219,21 @@ def test_what_sdpa_cannot_do_is_refused_rather_than_left_out():
 
 def test_auto_proves_when_it_is_cheap():
     assert proof.rows_to_prove([9, 3, 5, 4], [1, 1, 0, 2]) == [1, 3]
-    assert proof.is_cheap(7, 4 * 7 * 50) and not proof.is_cheap(7, 4 * 7 * 49)
+    assert proof.is_cheap(7, 5 * 7 * 50) and not proof.is_cheap(7, 5 * 7 * 49)
+
+
+def test_rows_to_prove_train_unlike_numbers_of_tokens():
+    lengths = [4, 5, 6, 7, 3]
+    assert proof.rows_to_prove(lengths, [3, 4, 6, 2, 3]) == [4, 2]  # twice as many as the shortest row's 3
+    assert proof.rows_to_prove(lengths, [3, 4, 5, 1, 3]) == [4, 3]  # or half and less
+    assert proof.rows_to_prove(lengths, [3, 4, 5, 5, 3]) == [4, 0]  # or the two shortest
+    assert proof.rows_to_prove(lengths, [0, 0, 1, 0, 0]) == [2]
+
+
+def test_a_floor_that_is_high_makes_no_bound_that_any_row_meets(monkeypatch):
+    net = random_model("llama")
+    packing.use_packing(net.get_base_model())
+    monkeypatch.setattr(proof, "FLOOR_FACTOR", 1e9)
+    assert proof.prove_batches(net, rows()[:2], OneProcess, "fp32", packed=True)["bound"] == proof.LARGEST_BOUND
+    found = proof.prove_batches(net, rows()[:2], OneProcess, "fp32", packed=False)
+    assert found["accumulates"] and found["adds_up"] and "holds" not in found

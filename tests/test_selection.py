@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lora_kit import data
+from lora_kit import data, overlap
 from lora_kit.errors import DataError
 from lora_kit.events import Caution, listening
 from tests.data_place import ROWS, counts_of, origins_of, reasons_of, talk
@@ -125,6 +125,8 @@ def test_overlapping_rows_are_dropped_the_training_row_not_the_item(leaking):
     assert "rows.jsonl:21" not in origins_of(found) and counts_of(found)["rows_used"] == 21
     assert origins_of(found, "held_out") == ["held.jsonl:1", "held.jsonl:2"]
     assert reasons_of(found)["train", "overlaps held out"] == 1
+    [row] = overlap.rows(found.ledger()["overlap"])  # what was found, and what became of it
+    assert row[4:] == ("1 of 1", "1, left out", "held.jsonl:1 in rows.jsonl:21")
 
 
 def test_overlap_with_the_items_of_the_evaluation(place):

@@ -34,10 +34,12 @@ def pieces(conversation: Conversation, most: int) -> list[list[str]]:
 
 @pytest.mark.parametrize(("policy", "kept"), [("cut_end", [1, 2, 3]), ("cut_start", [3, 4, 5])])
 def test_a_cut_takes_tokens_and_mask_alike(policy, kept):
-    whole = Example(tokens_T=np.arange(1, 6), loss_mask_T=np.array([0, 1, 0, 1, 1], np.uint8), origin="a:1")
+    whole = Example(tokens_T=np.arange(1, 6), loss_mask_T=np.array([0, 1, 0, 1, 1], np.uint8), origin="a:1",
+                    stops=(1, 4))
     short = shorten.cut(whole, policy, 3)
     assert short.tokens_T.tolist() == kept
     assert short.loss_mask_T.tolist() == [whole.loss_mask_T[token - 1] for token in kept]
+    assert [short.tokens_T[stop] for stop in short.stops] == [token for token in kept if token in (2, 5)]
 
 
 def test_pieces_hold_as_many_exchanges_as_fit():

@@ -152,6 +152,8 @@ def test_the_stop_token_of_a_family_is_trained_on_in_every_turn(family, tokenize
     assert stop_token_ids(tokenizer) == tuple(sorted(tokenizer.convert_tokens_to_ids(each) for each in {stop, eos}))
     texts = trained(tokenizer, conversation_of(family))
     assert len(texts) == 3 and all(text.endswith(stop) for text in texts)
+    ends = [example.tokens_T[end] for example in encode(tokenizer, conversation_of(family)) for end in example.stops]
+    assert tokenizer.convert_ids_to_tokens(ends) == [stop] * 3
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITH_TOOLS])

@@ -3,7 +3,7 @@
 Serves folders in Hugging Face layout (those that bitsandbytes quantized too), a base with a
 PEFT adapter on it, unmerged, and a GGUF file whose weights are dequantized when it is read.
 
-Several prompts are answered together: what all of them begin with is run once, and an answer
+Several prompts are answered together: what many of them begin with is run once, and an answer
 that has stopped leaves its batch. Models whose cache forgets or folds what it has read
 (sliding windows, recurrent layers) are answered by transformers' own `generate`.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,10 @@ BATCH_ROWS = 16
 BATCH_TOKENS = 8192
 """Most tokens of a batch: its rows times the longest prompt and its answer. One prompt alone may be longer."""
 SHARED_TOKENS = 32
-"""Tokens that all prompts must begin with before it is worth a forward pass of its own."""
+"""Tokens that prompts must begin with before it is worth a forward pass of its own."""
+SAVED_TOKENS = 512
+"""Tokens that need not be read again when some of the prompts are answered apart from the others: that is worth
+batches of their own, of which the last is not full."""
 _ROWS = 128
 """Positions whose probabilities are worked out at a time: a copy of all logits in fp32 would be large."""
 _ROOM = 2.5
@@ -161,19 +165,18 @@ class HfEngine(Engine):
         import torch
 
         prompts, answers = [list(prompt) for prompt in prompts], {}
-        num_shared, shared = 0, None
+        groups = _groups(prompts) if self._decodes_itself else [(list(range(len(prompts))), 0)]
         with torch.inference_mode():
-            if self._decodes_itself:
-                num_shared = _num_shared(prompts)
-                shared = self._read(prompts[0][:num_shared]) if num_shared else None
-            for rows in _batches(prompts, max_new_tokens):
-                batch = [prompts[row] for row in rows]
-                if self._decodes_itself:
-                    stop_ids = () if ignore_stop else self.stop_ids
-                    found = self._decode(batch, max_new_tokens, stop_ids, num_shared, shared)
-                else:
-                    found = self._transformers_generate(batch, max_new_tokens, ignore_stop)
-                answers.update(zip(rows, found, strict=True))
+            for group, num_shared in groups:
+                shared = self._read(prompts[group[0]][:num_shared]) if num_shared else None
+                for rows in _batches(prompts, group, max_new_tokens):
+                    batch = [prompts[row] for row in rows]
+                    if self._decodes_itself:
+                        stop_ids = () if ignore_stop else self.stop_ids
+                        found = self._decode(batch, max_new_tokens, stop_ids, num_shared, shared)
+                    else:
+                        found = self._transformers_generate(batch, max_new_tokens, ignore_stop)
+                    answers.update(zip(rows, found, strict=True))
         return [self._generation(answers[row], ignore_stop) for row in range(len(prompts))]
 
     def _read(self, tokens: list[int]):
@@ -421,21 +424,54 @@ def _grows_plainly(model) -> bool:
     return len(layers) == config.num_hidden_layers and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def _num_shared(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with, less than the shortest has; 0 where that is not worth its own pass."""
-    if len(prompts) < 2:
-        return 0
-    # Whatever lies between the least and the greatest of sorted lists begins as these two do.
-    first, last = min(prompts), max(prompts)
-    longest = min(map(len, prompts)) - 1
-    found = next((place for place in range(longest) if first[place] != last[place]), longest)
+def _groups(prompts: list[list[int]]) -> list[tuple[list[int], int]]:
+    """The numbers of ``prompts`` in groups, each with how many tokens its prompts begin with in common.
+
+    A group shares at least SHARED_TOKENS, and fewer than its shortest prompt has; those left over are a group that
+    shares none. The group that saves the most tokens is taken first.
+    """
+    # In sorted order a stretch of prompts shares what the least of its neighbours do.
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    common = [_num_common(prompts[one], prompts[other]) for one, other in itertools.pairwise(order)]
+    groups, left, waiting = [], [], [(0, len(order))] if order else []
+    while waiting:
+        low, high = waiting.pop()
+        saved, start, end, shared = _largest(common[low:high - 1])
+        if saved < SAVED_TOKENS and end - start < len(order) or not saved:
+            left += order[low:high]
+            continue
+        groups.append((order[low + start:low + end], shared))
+        waiting += [(first, last) for first, last in ((low, low + start), (low + end, high)) if first < last]
+    return [*groups, (left, 0)] if left else groups
+
+
+def _num_common(one: list[int], other: list[int]) -> int:
+    """Tokens that both begin with, less than either has; 0 for fewer than SHARED_TOKENS."""
+    longest = min(len(one), len(other)) - 1
+    found = next((place for place in range(longest) if one[place] != other[place]), longest)
     return found if found >= SHARED_TOKENS else 0
 
 
-def _batches(prompts: list[list[int]], max_new_tokens: int) -> Iterator[list[int]]:
-    """Indices of ``prompts``, each once, those of a similar length together."""
+def _largest(common: list[int]) -> tuple[int, int, int, int]:
+    """(tokens saved, start, end, tokens shared) of the stretch of prompts that saves most by reading a beginning once.
+
+    ``common`` are the tokens shared by neighbours. What a stretch saves is the area of a rectangle under these
+    heights: the largest is found with a stack of those that may still grow.
+    """
+    best, growing = (0, 0, 0, 0), []
+    for place, height in enumerate([*common, 0]):
+        start = place
+        while growing and growing[-1][1] >= height:
+            start, lower = growing.pop()
+            best = max(best, (lower * (place - start), start, place + 1, lower))
+        growing.append((start, height))
+    return best
+
+
+def _batches(prompts: list[list[int]], group: list[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """The numbers of the prompts in ``group``, each once, those of a similar length together."""
     batch: list[int] = []
-    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+    for row in sorted(group, key=lambda row: (len(prompts[row]), row)):
         # In order of length, so the newest row is the longest.
         if batch and (len(batch) == BATCH_ROWS
                       or (len(batch) + 1) * (len(prompts[row]) + max_new_tokens) > BATCH_TOKENS):

@@ -123,6 +123,41 @@ def test_a_shared_beginning_is_read_once_and_stopped_rows_leave(engine, monkeypa
     assert [rows for rows, *_ in seen] == [1, *[11] * 8]
 
 
+def test_odd_prompts_do_not_keep_the_others_from_sharing(engine, monkeypatch):
+    draw = np.random.default_rng(2)
+    few_shot, other = (draw.integers(3, 250, 90).tolist() for _ in range(2))
+    asked = [few_shot + prompt for prompt in prompts()] + [other[:50] + prompt for prompt in prompts()[:3]]
+    asked[4:4] = [prompts()[1], few_shot[:40] + [7, 5]]  # one begins otherwise, one leaves the others early
+    expected = [alone(engine.model, prompt, 4) for prompt in asked]
+    seen = shapes_of_calls(engine, monkeypatch)
+
+    def read() -> int:
+        found = engine.generate(asked, max_new_tokens=4, ignore_stop=True)
+        assert [answer.tokens for answer in found] == expected
+        computed = sum(rows * length for rows, length, _ in seen if length > 1)
+        del seen[:]
+        return computed
+
+    apart = read()
+    monkeypatch.setattr(hf, "SAVED_TOKENS", 100)  # three prompts that share 50 are then worth a batch too
+    assert read() < apart
+    monkeypatch.setattr(hf, "SHARED_TOKENS", 10**9)
+    alone_each = read()
+    assert apart < alone_each - 9 * 90
+
+
+def test_prompts_are_grouped_by_what_saves_most(monkeypatch):
+    monkeypatch.setattr(hf, "SHARED_TOKENS", 3)
+    monkeypatch.setattr(hf, "SAVED_TOKENS", 8)
+    ours, theirs = [1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9, 9]
+    assert hf._groups([[*ours, 7], [8], [*ours, 8, 8], [*ours, 9]]) == [([0, 2, 3], 6), ([1], 0)]
+    assert hf._groups([[*ours, 7], [*theirs, 7], [*ours, 8]]) == [([0, 2, 1], 3)]  # 6 saved by all, 6 by two
+    assert hf._groups([[*ours, 7], [*theirs, 7], [*ours, 8], [*theirs, 8], [*ours, 6], [*ours, 5]]) == [
+        ([5, 4, 0, 2], 6), ([1, 3], 0)]  # 18 by four of them, 15 by all; the other two save 6, too few
+    assert hf._groups([ours, ours]) == [([0, 1], 5)]  # the last token must predict something
+    assert hf._groups([[1, 2], [1, 2]]) == [([0, 1], 0)] and hf._groups([]) == []
+
+
 def test_batches_are_bounded_by_rows_and_tokens(engine, monkeypatch):
     expected = engine.generate(prompts(), max_new_tokens=3, ignore_stop=True)
     monkeypatch.setattr(hf, "BATCH_TOKENS", 30)
