@@ -27,7 +27,8 @@ or ``--data``. Each measurement is a fresh process; contestants take turns, ``--
 Printed for each: useful tokens/s (tokens of rows, padding not counted, over the seconds of the steps after the first
 two: the fastest of every step over the rounds, and the median of rounds), trained tokens/s, the process's peak
 resident memory, start (from the start of the process to the first step: imports, model, data, proofs), warm-up (what
-the first two steps took longer than later ones, and the compiling that lora-kit reports; the largest of the rounds),
+the first two steps took longer than later ones a token, padding counted, and the compiling that lora-kit reports; the
+largest of the rounds),
 and how far the losses are from peft in fp32 with each row on its own: the largest relative difference of the first
 ``--loss-steps`` steps. Where the trainer chooses which rows share a step there is no such figure.
 
@@ -41,6 +42,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -136,6 +138,14 @@ def run_process(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     own = folder / f"process-{next(_numbers)}"
     own.mkdir()
+    try:
+        return _run_in(own, request)
+    finally:
+        if request["trainer"] != "prepare":  # whose rows all others read
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def _run_in(own: Path, request: dict[str, Any]) -> dict[str, Any]:
     request = {**request, "folder": str(own), "answer": str(own / "answer.json")}
     (own / "request.json").write_text(json.dumps(request))
     threads = str(request["threads"])
@@ -213,7 +223,7 @@ def summary(contestant: dict[str, Any], rounds: list[dict[str, Any]], num_steps:
     warm_up = []
     for answer, steady in zip(rounds, kept, strict=True):
         first = answer["steps"][:min(WARM_UP_STEPS, len(answer["steps"]) - 1)]
-        expected = sum(step["tokens"] for step in first) / speed(steady)
+        expected = sum(step["processed"] for step in first) / speed(steady, "processed")
         compiling = answer.get("warm_up_seconds", 0.0)
         warm_up.append(max(0.0, sum(step["seconds"] for step in first) - expected) + compiling)
     longest = max(rounds, key=lambda answer: len(answer["steps"]))
@@ -524,4 +534,5 @@ def main(given: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and the process under way with it
     sys.exit(main())

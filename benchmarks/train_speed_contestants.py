@@ -95,10 +95,11 @@ def train_here(request: dict) -> dict[str, Any]:
     figures = run.seal("train")["figures"]
     losses, timings = ([json.loads(line) for line in (run.stage_dir("train") / name).read_text().splitlines()]
                        for name in ("metrics.jsonl", "timings.jsonl"))
-    losses = {entry["step"]: entry for entry in losses if "loss" in entry}
+    of_step = {entry["step"]: entry for entry in losses if "loss" in entry}
     return {
-        "steps": [{"seconds": entry["seconds"], "tokens": entry["tokens"], "loss": losses[entry["step"]]["loss"],
-                   "trained": losses[entry["step"]]["trained_tokens"]} for entry in timings],
+        "steps": [{"seconds": entry["seconds"], "tokens": entry["tokens"], "processed": entry["tokens"],
+                   "trained": of_step[entry["step"]]["trained_tokens"], "loss": of_step[entry["step"]]["loss"]}
+                  for entry in timings],
         "first_step_at": first_ended[0] - timings[0]["seconds"], "said": said, "precision": figures["precision"],
         "warm_up_seconds": sum(_numbers_called(figures, ("compile_seconds", "warm_up_seconds"))),
         "peak_memory_bytes": figures["peak_memory_bytes"],
@@ -166,7 +167,8 @@ def _train_with(trainer_class, config_class, net, request: dict, arguments: dict
     class Counted(trainer_class):
         def training_step(self, model, inputs, *rest, **options):
             mask = inputs.get("attention_mask")
-            step = {"tokens": int(inputs["input_ids"].numel() if mask is None else mask.sum()),
+            processed = inputs["input_ids"].numel()
+            step = {"tokens": processed if mask is None else int(mask.sum()), "processed": processed,
                     "trained": int((inputs["labels"][:, 1:] != IGNORED).sum())}
             loss = super().training_step(model, inputs, *rest, **options)
             steps.append({**step, "loss": float(loss.detach())})

@@ -11,8 +11,11 @@ from benchmarks import train_speed
 from tests import conftest
 
 
-def answer(*seconds: float, tokens: int = 100, **more) -> dict:
-    return {"steps": [{"seconds": each, "tokens": tokens, "trained": tokens // 2, "loss": 2.0} for each in seconds],
+def answer(*seconds: float, padding: tuple[int, ...] = (), **more) -> dict:
+    """Steps of 100 tokens, half of them trained; ``padding`` tokens beside them."""
+    paddings = [*padding, *[0] * len(seconds)]
+    return {"steps": [{"seconds": each, "tokens": 100, "trained": 50, "processed": 100 + padded, "loss": 2.0}
+                      for each, padded in zip(seconds, paddings, strict=False)],
             "peak_memory_bytes": 10**9, "start_seconds": 5.0, "matrix_gflops": 100.0, **more}
 
 
@@ -176,6 +179,11 @@ def test_figures_of_a_contestant():
     assert found["warm_up_seconds"] == pytest.approx(9 + 1 - 2 * 2)
     assert found["num_losses"] == 4 and found["loss_distance"] == pytest.approx(0.002 / 2.002)
     assert train_speed.summary(contestant(own_order=True), rounds, 4, [2.0])["loss_distance"] is None
+
+
+def test_padding_is_no_warm_up():
+    rounds = [answer(3.0, 1.5, 1.0, 1.0, padding=(200, 0))]
+    assert train_speed.summary(contestant(), rounds, 4, [2.0])["warm_up_seconds"] == pytest.approx(0.5)
 
 
 def test_a_contestant_that_died_has_its_reason_for_figures():
