@@ -294,7 +294,8 @@ def test_eval_says_what_gates_can_show_without_torch(world, no_torch):
 def test_a_baseline_is_written_from_a_finished_run_and_compared_with(world, no_torch):
     lines = ok(world, "eval", world.run, "--write-baseline", "baseline.lock", PYTHONPATH=no_torch)
     size = (world.folder / "baseline.lock").stat().st_size
-    assert lines[-1] == f"baseline baseline.lock: base, merged on held_out_loss, {size:,} bytes" and size < 3000
+    assert lines[-1] == ("baseline baseline.lock: base, merged, bitsandbytes-int8, bitsandbytes-nf4, gguf-q8_0 on "
+                         f"held_out_loss, {size:,} bytes") and size < 3000
     (world.folder / "suite.yaml").write_text(
         "tasks: [held_out_loss]\nroles: {task: held_out_loss, role: retain, margin: 0.01}\n")
     done = world.lora_kit("run", "tiny.yaml", "--set", "eval.suite=./suite.yaml",
