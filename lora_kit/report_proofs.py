@@ -229,7 +229,7 @@ def _claims(verdicts: list[dict[str, Any]]) -> Table:
                      Cell(text=verdict["outcome"], tone=TONES[verdict["outcome"]]), decides])
     return Table(title="Claims", columns=("role", "claim", "verdict", "what would decide"), rows=rows, note=(
         "A target must get better, a retained task must not fall by more than its margin, a floor must be reached. "
-        "Either wrong verdict has a chance of 2.5 % over all claims together (Holm)."))
+        "That any claim passes wrongly has a chance of 2.5 %, and so has that any fails wrongly (Holm)."))
 
 
 def _changed_items(flips: list[dict[str, Any]]) -> Table:

@@ -269,6 +269,26 @@ def test_gates_end_the_run_after_the_report(tiny_model, tmp_path, monkeypatch):
     assert cannot_tell.value.exit_code == 3 and "INCONCLUSIVE" in page.read_text()
 
 
+def test_a_baseline_counts_by_its_content_and_an_assumption_of_the_dry_run_not_at_all(world):
+    assert go(world, "eval.discordance=0.2", until="eval") == []
+    run = rundir.open_run(world.run)
+    said = pipeline.write_baseline(run, world.folder / "one.lock")
+    assert said.startswith(f"{world.folder / 'one.lock'}: base, merged") and " on held_out_loss, " in said
+    shutil.copy(world.folder / "one.lock", world.folder / "two.lock")
+    compared = pipeline.compare_with(run, world.folder / "one.lock")
+    assert pipeline.owed(compared) == ["eval"]
+    assert compared.recipe.eval.baseline == str(world.folder / "one.lock")
+    fingerprint = pipeline._fingerprint(pipeline._stage("eval"), compared)
+    again = pipeline.compare_with(rundir.open_run(world.run), world.folder / "two.lock")
+    assert pipeline._fingerprint(pipeline._stage("eval"), again) == fingerprint
+    assert [text for text in again.recipe_file.overrides if "baseline" in text] == [
+        f'eval.baseline="{world.folder / "two.lock"}"']
+    assert pipeline.owed(pipeline.open_for(tiny_run.read(world.recipe), world.runs)) == []  # without it, all is done
+    with pytest.raises(RecipeError, match="has no finished evaluation"):
+        shutil.rmtree(world.run / "eval")
+        pipeline.write_baseline(run, world.folder / "three.lock")
+
+
 def test_folders_may_be_given_as_text(world):
     run = pipeline.run_recipe(tiny_run.read(world.recipe), runs_dir=str(world.runs))
     assert rundir.open_run(str(run.path)).path == world.run
