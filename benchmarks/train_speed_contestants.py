@@ -96,6 +96,7 @@ def train_here(request: dict) -> dict[str, Any]:
     losses, timings = ([json.loads(line) for line in (run.stage_dir("train") / name).read_text().splitlines()]
                        for name in ("metrics.jsonl", "timings.jsonl"))
     of_step = {entry["step"]: entry for entry in losses if "loss" in entry}
+    timings = [entry for entry in timings if "step" in entry]  # not the parts of the start
     return {
         "steps": [{"seconds": entry["seconds"], "tokens": entry["tokens"], "processed": entry["tokens"],
                    "trained": of_step[entry["step"]]["trained_tokens"], "loss": of_step[entry["step"]]["loss"]}
