@@ -283,7 +283,8 @@ class Benchmark:
         found = []
         for place, precision in enumerate(self.arguments.precision):
             for plain in (False, True) if "fast" in TrainSection.model_fields else (False,):
-                options = {"precision": precision, **({"fast": []} if plain else {})}
+                options = {"precision": precision, **({"fast": []} if plain else {}),
+                           **({"pack_tokens": self.arguments.pack_tokens} if self.arguments.pack_tokens else {})}
                 found.append({
                     "name": f"lora-kit{', fast: []' if plain else ''} ({precision})", "settings": "as it is",
                     "role": "plain" if plain else "lora-kit" if place == 0 else "other precision",
@@ -487,6 +488,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
                         "round at the first number of threads")
     parser.add_argument("--screen-steps", type=int, default=3, help="steps of each setting of the grid; at least 2")
     parser.add_argument("--precision", nargs="+", default=["auto"], choices=("auto", "bf16", "fp32"), help="lora-kit's")
+    parser.add_argument("--pack-tokens", type=int, metavar="N", help="lora-kit's tokens of a pass; default: its own")
     parser.add_argument("--trl-best", metavar="NAME", help="TRL's best setting, from an earlier grid: no grid then")
     parser.add_argument("--hf-best", choices=PRECISIONS, help="the same of HF Trainer")
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows of any format of lora-kit")
