@@ -26,12 +26,14 @@ _ROWS_TO_TIME = 8
 
 @stopwatch.part("proof")
 def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, accelerator, precision: str,
-            ) -> dict[str, dict[str, Any]]:
+            parts: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Let ``net`` (peft's model, not wrapped) train packed and fast where it can.
 
     Args:
         num_steps: of the run, to know whether a proof is cheap.
         precision: fp32, bf16 or fp16: the arithmetic.
+        parts: of the fast path, that this run began with: nothing is timed again, for a run that goes on has to
+            compute as it did. None at its beginning.
 
     Returns:
         ``packing``: ``budget`` (tokens of a pass; None: padded), ``why_not`` and ``proof`` (None, or what
@@ -60,9 +62,10 @@ def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, a
         if settings.packing:
             tell(Caution(text=f"rows are padded, not packed: {packed['why_not']}"))
     quick: dict[str, Any] = {"parts": {}, "why_not": None, "proof": None}
-    if settings.fast:
-        lengths = [examples.length(row) for row in range(min(len(examples), _ROWS_TO_TIME))]
-        _use_fast(net, settings, proven, packed["budget"] is not None, quick, lengths)
+    wanted = (list(FAST_PARTS) if "auto" in settings.fast else settings.fast) if parts is None else parts
+    if wanted:
+        lengths = [examples.length(row) for row in range(min(len(examples), _ROWS_TO_TIME))] if parts is None else []
+        _use_fast(net, wanted, proven, packed["budget"] is not None, quick, lengths)
     return {"packing": packed, "fast": quick}
 
 
@@ -99,9 +102,8 @@ def _look_at_proof(packed: dict[str, Any], is_exact: bool) -> None:
             packed["why_not"] = f"loss or gradients of two packed rows differ by too much: {_apart(proven)}"
 
 
-def _use_fast(net, settings: TrainSection, proven: proof.Proof | None, is_packed: bool, quick: dict[str, Any],
+def _use_fast(net, parts: list[str], proven: proof.Proof | None, is_packed: bool, quick: dict[str, Any],
               lengths: list[int]) -> None:
-    parts = FAST_PARTS if "auto" in settings.fast else settings.fast
     used = fast.use_fast(net, parts, lengths)
     quick["parts"] = {name: {"modules": part.num_modules, "left": part.left} for name, part in used.items()}
     if not any(part.num_modules for part in used.values()):
@@ -137,9 +139,14 @@ def _apart(found: dict[str, Any]) -> str:
     return f"{number_text(differ, 2)} apart, bound {number_text(found['bound'], 2)}"
 
 
+def parts_in_use(quick: dict[str, Any]) -> list[str]:
+    """Parts of the fast path that serve, by what :func:`prepare` found of ``fast``."""
+    return [name for name, part in quick["parts"].items() if part["modules"]] if quick["why_not"] is None else []
+
+
 def shares_prefix(quick: dict[str, Any]) -> bool:
     """Whether batches are to hold once what their rows begin with, by what :func:`prepare` found of ``fast``."""
-    return quick["why_not"] is None and bool(quick["parts"].get("prefix", {}).get("modules"))
+    return "prefix" in parts_in_use(quick)
 
 
 def plain(net) -> None:

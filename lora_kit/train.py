@@ -98,7 +98,9 @@ def stage(recipe: Recipe, run: Run) -> Result:
     stop = _StopSignals()
     save_every = save_interval(settings, num_steps)
     cost, ceiling = flops.count(net), flops.ceiling_of_all(accelerator, _precision(settings, accelerator))
-    prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator, _precision(settings, accelerator))
+    prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator, _precision(settings, accelerator),
+                                   state.get("fast_parts"))
+    state["fast_parts"] = preparation.parts_in_use(prepared["fast"])
     shares = _Shares(settings, prepared["packing"]["budget"], accelerator, preparation.shares_prefix(prepared["fast"]))
 
     def held_out_loss() -> float | None:

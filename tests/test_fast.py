@@ -433,6 +433,30 @@ def test_a_pass_on_a_cpu_is_no_longer_than_it_has_to_be(max_tokens, device, budg
     assert preparation._budget(recipe, device) == budget
 
 
+@pytest.mark.parametrize("was_faster", [True, False])
+def test_a_run_that_goes_on_computes_as_it_began(tmp_path, tiny_model, monkeypatch, was_faster):
+    """Which attention is faster may be measured otherwise the next time: a run keeps what it began with, to the bit."""
+    from lora_kit.fast import attention
+    from tests import tiny_run
+
+    asked = []
+    monkeypatch.setattr(attention, "is_faster", lambda *given: asked.append(given) or was_faster)
+    whole, losses = trained(tmp_path, tiny_model, "whole", save_every=3)
+    sections = {**tiny_run.SECTIONS["train"], "steps": 6, "prove": True, "save_every": 3}
+    path = tiny_run.write_recipe(tmp_path, tiny_model, name="stopped", train=sections)
+    from lora_kit import pipeline, rundir
+
+    with tiny_run.interrupted_at(3):
+        pipeline.run_recipe(tiny_run.read(path), runs_dir=tmp_path / "runs", until="train")
+    monkeypatch.setattr(attention, "is_faster", lambda *given: asked.append(given) or not was_faster)
+    run = pipeline.continue_run(rundir.open_run(next((tmp_path / "runs" / "stopped").iterdir())), until="train")
+    assert len(asked) == 2
+    assert (run.stage_dir("train") / "metrics.jsonl").read_bytes() == \
+        (whole.stage_dir("train") / "metrics.jsonl").read_bytes()
+    parts = json.loads((run.stage_dir("train") / "stage.json").read_text())["figures"]["fast"]["parts"]
+    assert ("attention" in parts) is was_faster
+
+
 def test_plain_takes_everything_back():
     net = random_model("llama")
     packing.use_packing(net.get_base_model())
