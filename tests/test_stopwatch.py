@@ -104,6 +104,7 @@ def test_a_function_can_be_a_part():
 
 
 def test_imports_are_counted_and_made_without_collections():
+    gc.unfreeze()  # an earlier test of this process may have frozen something, which would stay so
     for before in (True, False):
         (gc.enable if before else gc.disable)()
         try:
