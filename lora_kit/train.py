@@ -15,43 +15,41 @@ layout), ``metrics.jsonl``, ``timings.jsonl``, ``checkpoints/``.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
-import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_kit import adapter as adapters
 from lora_kit import (
-    adapter_start,
     chat,
-    checkpoint,
     flops,
     isolate,
     libraries,
     model,
-    packing,
     preparation,
+    processes,
+    resume,
     rows,
     stopwatch,
     tokens,
     trackers,
 )
-from lora_kit.errors import DivergedError, RecipeError, StoppedError
+from lora_kit.errors import DivergedError, StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
-from lora_kit.ledger import check_batch, padded_tokens
-from lora_kit.loss import accumulate, loss_sum
+from lora_kit.loss import accumulate
 from lora_kit.optimizer import make_optimizer, set_learning_rate
-from lora_kit.recipe import Recipe, TrainSection
+from lora_kit.recipe import Recipe
 from lora_kit.rundir import Run, writing
 from lora_kit.schedule import count_steps, learning_rate_at, save_interval
+from lora_kit.shares import Shares, evaluate_loss
 from lora_kit.sources import file_sha256
 from lora_kit.stop_rate import measure_stop_rate, prompts_of
-from lora_kit.types import Artifact, Batch, Result
+from lora_kit.stop_signals import StopSignals
+from lora_kit.training_log import TrainingLog
+from lora_kit.training_model import count_parameters, model_with_adapter
+from lora_kit.types import Artifact, Result
 from lora_kit.units import number_text, seconds_text
 
 SECTIONS = ("model", "lora", "train", "seed")
@@ -74,40 +72,40 @@ def stage(recipe: Recipe, run: Run) -> Result:
     started = time.perf_counter()
     settings, work = recipe.train, run.work("train")
     trackers.check_installed(settings.track)
-    accelerator = _accelerator(settings, **trackers.options_of_accelerator(settings.track, work))
+    accelerator = processes.make_accelerator(settings, **trackers.options_of_accelerator(settings.track, work))
     data_dir = run.stage_dir("data")
     train_rows = tokens.read_examples(data_dir, "train")
     held_out_rows = tokens.read_examples(data_dir, "held_out")
     num_steps = count_steps(settings, len(train_rows))
-    _check_split(settings, accelerator.num_processes)
+    processes.check_split(settings, accelerator.num_processes)
 
     libraries.import_for_training(recipe, run.resolved["base"]["artifact"]["path"])
-    net = _model_with_adapter(recipe, run, accelerator, train_rows)
+    net = model_with_adapter(recipe, run, accelerator, train_rows)
     start = work / "start" if recipe.lora.changes_base and not settings.from_adapter else None
     named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
     trainable = [parameter for _, parameter in named]
     num_trainable, num_params = count_parameters(net)
     optimizer = accelerator.prepare_optimizer(make_optimizer(named, settings, accelerator.device.type))
     wrapped = net if settings.shard == "fsdp" and accelerator.num_processes > 1 else accelerator.prepare_model(net)
-    log = _Log(work, accelerator)
+    log = TrainingLog(work, accelerator)
     state: dict[str, Any] = {"step": 0, "best_loss": None, "best_step": None, "held_out_before": None,
                              "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0, "tokens_padded": 0,
                              "flops": 0, "start_sha256": adapters.sha256_of(adapters.adapter_tensors(net))}
-    state = _go_on_from(work, state, named, optimizer, log)
+    state = resume.go_on_from(work, state, named, optimizer, log)
     tracking = trackers.start(accelerator, recipe, run.path.name, work)
-    stop = _StopSignals()
+    stop = StopSignals()
     save_every = save_interval(settings, num_steps)
-    cost, ceiling = flops.count(net), flops.ceiling_of_all(accelerator, _precision(settings, accelerator))
-    prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator, _precision(settings, accelerator),
+    cost, ceiling = flops.count(net), flops.ceiling_of_all(accelerator, processes.precision_of(accelerator))
+    prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator, processes.precision_of(accelerator),
                                    state.get("fast_parts"))
     state["fast_parts"] = preparation.parts_in_use(prepared["fast"])
-    shares = _Shares(settings, prepared["packing"]["budget"], accelerator, preparation.shares_prefix(prepared["fast"]))
+    shares = Shares(settings, prepared["packing"]["budget"], accelerator, preparation.shares_prefix(prepared["fast"]))
 
     def held_out_loss() -> float | None:
         return evaluate_loss(wrapped, held_out_rows, shares, accelerator)
 
     def save() -> Path:
-        return _save_checkpoint(work, state, named, optimizer, log, accelerator)
+        return resume.save(work, state, named, optimizer, log, accelerator)
 
     if state["step"] == 0 and len(held_out_rows):
         state["held_out_before"] = held_out_loss()
@@ -203,67 +201,12 @@ def stage(recipe: Recipe, run: Run) -> Result:
             "device_peak_memory_bytes": _device_peak(accelerator), "tokens_per_second":
             state["tokens_total"] / state["train_seconds"], "trained_tokens": state["trained_tokens"],
             "tokens_total": state["tokens_total"], "num_trainable_params": num_trainable, "num_params": num_params,
-            "precision": _precision(settings, accelerator), "device": str(accelerator.device),
+            "precision": processes.precision_of(accelerator), "device": str(accelerator.device),
             "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(), **prepared,
             "tokens_padded": state["tokens_padded"], "stops": stops, "start": start_up,
             "flops": state.get("flops") or None, "ceiling_flops_per_second": ceiling,
         },
     )
-
-
-class _Shares:
-    """What this process takes of a batch, pass by pass, packed within ``budget`` tokens or padded (None)."""
-
-    def __init__(self, settings: TrainSection, budget: int | None, accelerator, share_prefix: bool = False) -> None:
-        self.budget, self.micro_batch_size, self.accelerator = budget, settings.micro_batch_size, accelerator
-        self.share_prefix = share_prefix
-
-    def of(self, rows: Sequence[int], examples: tokens.ExampleFile) -> list[list[int]]:
-        return packing.micro_batches(
-            rows, examples.length, micro_batch_size=self.micro_batch_size, budget=self.budget,
-            process=self.accelerator.process_index, num_processes=self.accelerator.num_processes)
-
-    def padding_of(self, rows: Sequence[int], examples: tokens.ExampleFile) -> int:
-        """Tokens of padding that all processes together make of ``rows``."""
-        if self.budget is not None:
-            return 0
-        number = self.accelerator.num_processes
-        plans = (packing.micro_batches(rows, examples.length, micro_batch_size=self.micro_batch_size, budget=None,
-                                       process=process, num_processes=number) for process in range(number))
-        lengths = {row: examples.length(row) for row in rows}
-        return sum(padded_tokens(lengths, plan) for plan in plans)
-
-    def batch_of(self, micro: Sequence[int], examples: tokens.ExampleFile) -> Batch:
-        """One forward pass, recounted: InternalError when it trains on other than what the token files say."""
-        chosen = [examples[row] for row in micro]
-        if self.budget is None:
-            batch = tokens.batch_of(chosen, 0, self.accelerator.device)
-        else:
-            batch = packing.packed_batch_of(chosen, self.accelerator.device, self.share_prefix)
-        check_batch(batch, num_trained=sum(map(examples.num_trained, micro)),
-                    num_tokens=sum(map(examples.length, micro)), origins=[example.origin for example in chosen])
-        return batch
-
-
-@stopwatch.part("held-out loss")
-def evaluate_loss(net, examples: tokens.ExampleFile, shares: _Shares, accelerator) -> float | None:
-    """Mean loss in nats over all trained tokens of ``examples``, over all processes; None without rows."""
-    import torch
-
-    if not len(examples):
-        return None
-    net.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        for micro in shares.of(range(len(examples)), examples):
-            # A process that has no rows left takes part with one that does not count.
-            batch = shares.batch_of(micro or [0], examples)
-            with accelerator.autocast():
-                summed = float(loss_sum(net, batch))
-            totals += torch.tensor([summed, batch.num_trained_tokens]) * bool(micro)
-    totals = accelerator.reduce(totals.to(accelerator.device).float() if accelerator.device.type == "mps"
-                                else totals.to(accelerator.device), "sum")
-    return float(totals[0] / totals[1])
 
 
 def _stop_rate(recipe: Recipe, run: Run, net, accelerator) -> dict[str, Any] | None:
@@ -290,147 +233,6 @@ def _stop_rate(recipe: Recipe, run: Run, net, accelerator) -> dict[str, Any] | N
     return found
 
 
-def count_parameters(net) -> tuple[int, int]:
-    """(trainable, all) parameters; 4-bit weights are counted by what they stand for."""
-    trainable = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-    total = 0
-    for parameter in net.parameters():
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-        total += math.prod(shape) if shape is not None else parameter.numel()
-    return trainable, total
-
-
-def _accelerator(settings: TrainSection, **options: Any):
-    import torch
-
-    with stopwatch.importing():
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
-    precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}.get(settings.precision)
-    if precision is None:
-        precision = "bf16" if _has_bf16() else "no"
-    if precision == "fp16" and not torch.accelerator.is_available():
-        raise RecipeError("train.precision", "fp16 trains only on a GPU", "set bf16, fp32 or auto")
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    # accelerate keeps the precision of the first training of a process for all later ones; ours have their own.
-    AcceleratorState._reset_state()
-    # Without cpu=True accelerate 1.15 forms no group of processes on a machine without a GPU.
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), **options)
-    if accelerator.num_processes != expected:
-        # Measured: `accelerate launch --cpu --num_processes 2` silently runs one process.
-        raise RecipeError("launch", f"{expected} processes were launched and {accelerator.num_processes} take part",
-                          "launch with torchrun --nproc_per_node, or accelerate launch --multi_gpu")
-    return accelerator
-
-
-def _has_bf16() -> bool:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return False
-    from lora_kit.hardware import cpu_supports_bf16
-
-    return cpu_supports_bf16()
-
-
-def _precision(settings: TrainSection, accelerator) -> str:
-    return {"bf16": "bf16", "fp16": "fp16"}.get(accelerator.mixed_precision, "fp32")
-
-
-def _check_split(settings: TrainSection, num_processes: int) -> None:
-    if settings.batch_size % num_processes:
-        below = settings.batch_size // num_processes * num_processes
-        raise RecipeError("train.batch_size", f"{settings.batch_size} examples cannot be shared by {num_processes} "
-                          "processes", f"use {below or num_processes} or {below + num_processes}")
-
-
-def _model_with_adapter(recipe: Recipe, run: Run, accelerator, train_rows: tokens.ExampleFile):
-    import torch
-
-    settings, lora = recipe.train, recipe.lora
-    base = run.resolved["base"]["artifact"]
-    # Frozen weights are held in the arithmetic's own type; the adapter stays in fp32 either way.
-    dtype = _precision(settings, accelerator)
-
-    def load():
-        net = model.load_base(base["path"], dtype=dtype, device=accelerator.device, load_in=recipe.model.load_in,
-                              attention=recipe.model.attention)
-        if recipe.model.load_in == "16bit":
-            return net
-        from peft import prepare_model_for_kbit_training
-
-        return prepare_model_for_kbit_training(net, use_gradient_checkpointing=False)
-
-    token_ids = (adapters.token_ids_of(lora.trainable_tokens, chat.load_tokenizer(base["tokenizer"]))
-                 if lora.trainable_tokens else [])
-    if settings.from_adapter:
-        folder = Path(settings.from_adapter).expanduser()
-        net = adapters.continue_adapter(load(), folder if folder.is_absolute() else run.recipe_file.folder / folder)
-    elif lora.prepared:
-        start = run.work("train") / "start"
-        if accelerator.is_main_process and not start.exists():
-            tell(Note(text=f"computing the adapter's first values ({lora.init}), once"))
-            adapter_start.write_start(load(), lora, recipe.seed, train_rows, start, reference=recipe.model.base,
-                                      micro_batch_size=settings.micro_batch_size, token_ids=token_ids)
-        accelerator.wait_for_everyone()
-        net = adapter_start.adapter_from_start(load(), lora, start)
-        torch.manual_seed(recipe.seed)
-    else:
-        net = adapters.add_adapter(load(), lora, recipe.seed, token_ids)
-    for parameter in net.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if settings.gradient_checkpointing:
-        net.activation_checkpointing_enable({"use_reentrant": False})
-        net.enable_input_require_grads()
-    if settings.shard == "fsdp" and accelerator.num_processes > 1:
-        _shard(net)
-    return net
-
-
-def _shard(net) -> None:
-    """FSDP2 over all processes: each decoder layer, then the rest."""
-    from torch.distributed.fsdp import fully_shard
-
-    for module in net.get_base_model().model.layers:
-        fully_shard(module)
-    fully_shard(net)
-
-
-def _adapter_tensors(named) -> dict[str, Any]:
-    return {name: checkpoint.whole(parameter.detach()) for name, parameter in named}
-
-
-def _save_checkpoint(work: Path, state: dict, named, optimizer, log: _Log, accelerator) -> Path | None:
-    adapter = _adapter_tensors(named)
-    moments = checkpoint.optimizer_tensors(optimizer.optimizer)
-    if not accelerator.is_main_process:
-        return None
-    return checkpoint.save(work / "checkpoints", state["step"], {"adapter": adapter, "optimizer": moments},
-                           {**state, "random": checkpoint.random_state(), "metrics_offsets": log.sealed_offsets()})
-
-
-def _go_on_from(work: Path, state: dict, named, optimizer, log: _Log) -> dict:
-    found = checkpoint.newest(work / "checkpoints")
-    if found is None:
-        log.truncate({})
-        return state
-    import torch
-
-    saved = checkpoint.load_tensors(found, "adapter")
-    with torch.no_grad():
-        for name, parameter in named:
-            parameter.copy_(checkpoint.like(saved[name], parameter))
-    checkpoint.load_optimizer_tensors(optimizer.optimizer, checkpoint.load_tensors(found, "optimizer"))
-    checkpoint.restore_random_state(found.state["random"])
-    log.truncate(found.state["metrics_offsets"])
-    tell(Note(text=f"going on from {found.folder.name}"))
-    return {key: value for key, value in found.state.items() if key not in ("random", "metrics_offsets")}
-
-
 def _write_adapter(net, folder: Path, recipe: Recipe, accelerator, start: Path | None) -> None:
     tensors = adapters.adapter_tensors(net)
     if not accelerator.is_main_process:
@@ -450,82 +252,3 @@ def _device_peak(accelerator) -> int | None:
     import torch
 
     return torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else None
-
-
-class _Log:
-    """metrics.jsonl (what was computed) and timings.jsonl (what the clock said), written by the main process."""
-
-    def __init__(self, work: Path, accelerator) -> None:
-        self.paths = {"metrics": work / "metrics.jsonl", "timings": work / "timings.jsonl"}
-        self.writes, self.accelerator = accelerator.is_main_process, accelerator
-
-    def truncate(self, offsets: dict[str, int]) -> None:
-        """Cut each file to the length that the checkpoint sealed (0 without one) and go on from there."""
-        for name, path in self.paths.items() if self.writes else ():
-            with writing(path), open(path, "ab") as file:
-                file.truncate(offsets.get(name, 0))
-
-    def metrics(self, values: dict[str, Any]) -> None:
-        self._write("metrics", values)
-        if self.accelerator.trackers:
-            numbers, step = trackers.told(values)
-            self.accelerator.log(numbers, step=step)
-
-    def timings(self, values: dict[str, Any]) -> None:
-        self._write("timings", values)
-
-    def start_up(self, took: dict[str, Any] | None, step: int) -> dict[str, Any] | None:
-        """Write down and tell what came before the first step after ``step``; hands it on."""
-        if took is not None:
-            for name, spent in took["parts"].items():
-                self.timings({"part": name, "before_step": step + 1, **spent})
-            tell(Note(text=f"ready to train after {stopwatch.start_text(took)}"))
-        return took
-
-    def _write(self, name: str, values: dict[str, Any]) -> None:
-        if self.writes:
-            with writing(self.paths[name]), open(self.paths[name], "ab") as file:
-                file.write((json.dumps(values) + "\n").encode())
-
-    def sealed_offsets(self) -> dict[str, int]:
-        """Length of each file, after its lines have reached the disk."""
-        offsets = {}
-        for name, path in self.paths.items():
-            with writing(path), open(path, "ab") as file:
-                os.fsync(file.fileno())
-                offsets[name] = file.tell()
-        return offsets
-
-
-class _StopSignals:
-    """SIGINT and SIGTERM ask for a stop after the step; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self.earlier: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.earlier[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: whoever called us handles signals
-                break
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-        tell(Caution(text="stopping after this step; a second Ctrl-C stops at once"))
-
-    def requested(self, accelerator) -> bool:
-        """Whether any process was asked to stop; all processes get the same answer."""
-        if accelerator.num_processes == 1:
-            return self.received
-        import torch
-
-        return bool(accelerator.reduce(torch.tensor(float(self.received), device=accelerator.device), "sum"))
