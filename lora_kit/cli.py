@@ -162,16 +162,19 @@ def train(
     with stopwatch.importing():
         from lora_kit import pipeline, rundir
     from lora_kit.errors import RecipeError
+    from lora_kit.stop_signals import StopSignals
 
     if rundir.is_run(recipe) and (set_ or fresh):
         raise RecipeError(f"lora-kit train {recipe}", "goes on with a run, whose recipe does not change",
                           "leave out --set and --fresh, or name the recipe")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        run = pipeline.train_on_ranks(_recipe_file_of(recipe, set_), runs_dir=runs, fresh=fresh)
-    elif rundir.is_run(recipe):
-        run = pipeline.continue_run(rundir.open_run(recipe), until="train")
-    else:
-        run = pipeline.run_recipe(_recipe_file_of(recipe, set_), runs_dir=runs, until="train", fresh=fresh)
+    # Outside of the loop, which saves, nothing is lost: the same command goes on.
+    with StopSignals(f"lora-kit train {recipe}", "run the same command again", "stopped before it was done"):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            run = pipeline.train_on_ranks(_recipe_file_of(recipe, set_), runs_dir=runs, fresh=fresh)
+        elif rundir.is_run(recipe):
+            run = pipeline.continue_run(rundir.open_run(recipe), until="train")
+        else:
+            run = pipeline.run_recipe(_recipe_file_of(recipe, set_), runs_dir=runs, until="train", fresh=fresh)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(f"adapter: {run.stage_dir('train') / 'adapter'}")
 
@@ -468,7 +471,9 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")
     listener = _terminal if int(os.environ.get("RANK", "0")) == 0 else (lambda event: None)
     # Told to end outside of training's loop (which saves a checkpoint): as by Ctrl-C, with no process left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         with events.listening(listener):
             code = app(standalone_mode=False)

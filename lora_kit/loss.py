@@ -46,8 +46,8 @@ def loss_sum(model, batch: Batch) -> torch.Tensor:
 
 def accumulate(
     net, batches: Iterable[Batch], num_trained: int, accelerator, *,
-    backward: Callable[[torch.Tensor], None] | None = None,
-) -> torch.Tensor:
+    backward: Callable[[torch.Tensor], None] | None = None, abandon: Callable[[], bool] = lambda: False,
+) -> torch.Tensor | None:
     """Add to the gradients of ``net`` those of a whole batch, one forward pass after another.
 
     Args:
@@ -55,14 +55,17 @@ def accumulate(
         batches: this process's forward passes, at least one.
         num_trained: trained tokens of the whole batch, over all passes and processes: the divisor of each pass.
         backward: in place of ``accelerator.backward``.
+        abandon: asked before each pass: whether to leave it at that.
 
     Returns:
-        The summed loss of this process's passes: a scalar, in nats, not divided.
+        The summed loss of this process's passes: a scalar, in nats, not divided; None where it was abandoned.
     """
     total = torch.zeros((), device=accelerator.device)
     waiting = iter(batches)
     batch = next(waiting, None)
     while batch is not None:
+        if abandon():
+            return None
         following = next(waiting, None)
         # DDP sums over the processes once, after the last pass.
         with getattr(net, "no_sync", nullcontext)() if following is not None else nullcontext():

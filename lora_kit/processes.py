@@ -13,6 +13,11 @@ from lora_kit.errors import RecipeError
 from lora_kit.recipe import TrainSection
 
 
+def num_launched() -> int:
+    """Processes that a launcher says it has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def make_accelerator(settings: TrainSection, **options: Any):
     import torch
 
@@ -25,7 +30,7 @@ def make_accelerator(settings: TrainSection, **options: Any):
         precision = "bf16" if _has_bf16() else "no"
     if precision == "fp16" and not torch.accelerator.is_available():
         raise RecipeError("train.precision", "fp16 trains only on a GPU", "set bf16, fp32 or auto")
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    expected = num_launched()
     # accelerate keeps the precision of the first training of a process for all later ones; ours have their own.
     AcceleratorState._reset_state()
     # Without cpu=True accelerate 1.15 forms no group of processes on a machine without a GPU.

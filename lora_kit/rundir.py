@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import time
@@ -41,6 +42,11 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         return self.recipe_file.recipe
+
+    @property
+    def uid(self) -> str:
+        """What no other run has, whatever its folder is called."""
+        return self.resolved.get("uid", "")
 
     def stage_dir(self, stage: str) -> Path:
         """Folder of the finished stage."""
@@ -158,6 +164,7 @@ def create(runs_dir: Path, recipe_file: RecipeFile, resolved: dict[str, Any]) ->
     while path.exists():
         path = path.with_name(_run_id(time.time()))
     scratch = path.with_name(f".{path.name}.new")
+    resolved = {**resolved, "uid": secrets.token_hex(8)}
     with writing(path):
         scratch.mkdir(parents=True)
         (scratch / "recipe.yaml").write_text(recipe_file.text, encoding="utf-8")
@@ -208,6 +215,7 @@ def _read_object(path: Path, todo: str) -> dict[str, Any]:
 def update(run: Run, recipe_file: RecipeFile, resolved: dict[str, Any]) -> Run:
     """Put the recipe as it reads now into an existing run (its later sections may have changed)."""
     assert recipe_file.recipe.fingerprint(*IDENTITY) == run.recipe.fingerprint(*IDENTITY)
+    resolved = {**resolved, "uid": run.uid}
     with writing(run.path):
         write_text(run.path / "recipe.yaml", recipe_file.text)
         write_json(run.path / "lock.json", resolved)

@@ -5,7 +5,7 @@ Reads token files; writes nothing. (torch inside functions.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lora_kit import packing, stopwatch, tokens
 from lora_kit.ledger import check_batch, padded_tokens
@@ -49,8 +49,13 @@ class Shares:
 
 
 @stopwatch.part("held-out loss")
-def evaluate_loss(net, examples: tokens.ExampleFile, shares: Shares, accelerator) -> float | None:
-    """Mean loss in nats over all trained tokens of ``examples``, over all processes; None without rows."""
+def evaluate_loss(net, examples: tokens.ExampleFile, shares: Shares, accelerator,
+                  abandon: Callable[[], bool] = lambda: False) -> float | None:
+    """Mean loss in nats over all trained tokens of ``examples``, over all processes; None without rows.
+
+    Args:
+        abandon: asked before each pass, in all processes: whether to leave it at that, and return None.
+    """
     import torch
 
     if not len(examples):
@@ -59,6 +64,8 @@ def evaluate_loss(net, examples: tokens.ExampleFile, shares: Shares, accelerator
     totals = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for micro in shares.of(range(len(examples)), examples):
+            if abandon():
+                return None
             # A process that has no rows left takes part with one that does not count.
             batch = shares.batch_of(micro or [0], examples)
             with accelerator.autocast():

@@ -24,23 +24,25 @@ from typing import Any
 from lora_kit import adapter as adapters
 from lora_kit import (
     chat,
+    checkpoint,
+    divergence,
     flops,
     isolate,
     libraries,
     model,
     preparation,
     processes,
-    resume,
     rows,
     stopwatch,
     tokens,
     trackers,
 )
-from lora_kit.errors import DivergedError, StoppedError
+from lora_kit.errors import StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
 from lora_kit.loss import accumulate
 from lora_kit.optimizer import make_optimizer, set_learning_rate
 from lora_kit.recipe import Recipe
+from lora_kit.resume import Resume
 from lora_kit.rundir import Run, writing
 from lora_kit.schedule import count_steps, learning_rate_at, save_interval
 from lora_kit.shares import Shares, evaluate_loss
@@ -60,12 +62,19 @@ def stage(recipe: Recipe, run: Run) -> Result:
     """Train the adapter of ``run``, going on from its newest checkpoint when there is one.
 
     Raises:
-        StoppedError: SIGINT or SIGTERM came; a checkpoint is saved.
+        StoppedError: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint is saved.
         DivergedError: a loss or gradient is not finite; the last checkpoint is from before it.
+        RefusedError: there are checkpoints and none can be used.
         ModelError: rows in one pass teach something else than one by one (``train.prove``).
         InternalError: a batch is not what the token files say, or accumulation weighs rows wrongly.
         RecipeError: the batch cannot be split over the processes.
     """
+    todo = "run the same command again" if processes.num_launched() > 1 else f"go on with: lora-kit train {run.path}"
+    with StopSignals(str(run.path), todo) as stop:
+        return _train(recipe, run, stop)
+
+
+def _train(recipe: Recipe, run: Run, stop: StopSignals) -> Result:
     import torch
 
     isolate.reset_peak_memory()
@@ -88,48 +97,80 @@ def stage(recipe: Recipe, run: Run) -> Result:
     optimizer = accelerator.prepare_optimizer(make_optimizer(named, settings, accelerator.device.type))
     wrapped = net if settings.shard == "fsdp" and accelerator.num_processes > 1 else accelerator.prepare_model(net)
     log = TrainingLog(work, accelerator)
-    state: dict[str, Any] = {"step": 0, "best_loss": None, "best_step": None, "held_out_before": None,
-                             "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0, "tokens_padded": 0,
-                             "flops": 0, "start_sha256": adapters.sha256_of(adapters.adapter_tensors(net))}
-    state = resume.go_on_from(work, state, named, optimizer, log)
+    checkpoints = Resume(work, named, optimizer, log, accelerator, run.uid)
+    state: dict[str, Any] = checkpoints.find({
+        "step": 0, "evaluated": None, "best_loss": None, "best_step": None, "held_out_before": None,
+        "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0, "tokens_padded": 0, "flops": 0,
+        "recent_losses": [], "spikes": [], "start_sha256": adapters.sha256_of(adapters.adapter_tensors(net))})
+    checkpoints.load()
     tracking = trackers.start(accelerator, recipe, run.path.name, work)
-    stop = StopSignals()
     save_every = save_interval(settings, num_steps)
     cost, ceiling = flops.count(net), flops.ceiling_of_all(accelerator, processes.precision_of(accelerator))
-    prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator, processes.precision_of(accelerator),
-                                   state.get("fast_parts"))
+    prepared = preparation.prepare(net, recipe, train_rows, num_steps, accelerator,
+                                   processes.precision_of(accelerator), state.get("fast_parts"))
     state["fast_parts"] = preparation.parts_in_use(prepared["fast"])
     shares = Shares(settings, prepared["packing"]["budget"], accelerator, preparation.shares_prefix(prepared["fast"]))
 
-    def held_out_loss() -> float | None:
-        return evaluate_loss(wrapped, held_out_rows, shares, accelerator)
-
-    def save() -> Path:
-        return resume.save(work, state, named, optimizer, log, accelerator)
-
-    if state["step"] == 0 and len(held_out_rows):
-        state["held_out_before"] = held_out_loss()
-        log.metrics({"step": 0, "held_out_loss": state["held_out_before"], "num_rows": len(held_out_rows)})
-        tell(Note(text=f"held-out loss before the first step: {number_text(state['held_out_before'])}"))
+    def stop_after_saving(taken: tuple | None = None) -> None:
+        checkpoints.save(state, taken)
+        done = f"stopped after step {state['step']} of {num_steps}, checkpoint saved"
+        raise StoppedError(stop.where, done, stop.todo)
 
     batches = tokens.stream_of_batches(len(train_rows), settings.batch_size, recipe.seed, state["step"])
     wrapped.train()
-    start_up = log.start_up(stopwatch.end(), state["step"])
-    with stop, tracking:
-        while state["step"] < num_steps:
-            step, step_started = state["step"], time.perf_counter()
+    checkpoints.start_random(recipe.seed)
+    stop.note_only()
+    start_up = None
+    with tracking:
+        while True:
+            step = state["step"]
+            at_end = step == num_steps
+            # Held-out rows: before the first step, after the last, and as often as the recipe says.
+            due = step == 0 or at_end or (settings.eval_every and step % settings.eval_every == 0)
+            if due and len(held_out_rows) and state["evaluated"] != step:
+                current = evaluate_loss(wrapped, held_out_rows, shares, accelerator,
+                                        lambda: stop.requested(accelerator))
+                wrapped.train()
+                if current is None:
+                    stop_after_saving()
+                if not math.isfinite(current):
+                    divergence.refuse_evaluation(step, current)
+                log.metrics({"step": step, "held_out_loss": current, "num_rows": len(held_out_rows)})
+                when = f"after step {step}" if step else "before the first step"
+                tell(Note(text=f"held-out loss {when}: {number_text(current)}"))
+                state["evaluated"] = step
+                if step == 0:
+                    state["held_out_before"] = current
+                else:
+                    state["held_out_after"] = current
+                    if state["best_loss"] is None or current < state["best_loss"]:
+                        state["best_loss"], state["best_step"] = current, step
+                        if settings.keep == "best":
+                            checkpoints.save(state)
+            if at_end or (step and step % save_every == 0):
+                checkpoints.save(state)
+            if not at_end and stop.requested(accelerator):
+                stop_after_saving()
+            start_up = start_up or log.start_up(stopwatch.end(), step)
+            if at_end:
+                break
+
+            # One optimizer step: every process takes its share of the batch, in micro-batches.
+            step_started, taken = time.perf_counter(), checkpoint.take_random()
             batch_rows = next(batches)
             rate = learning_rate_at(step, num_steps, settings)
             set_learning_rate(optimizer, rate)
-
-            # One optimizer step: every process takes its share of the batch, in micro-batches.
             num_trained = sum(train_rows.num_trained(row) for row in batch_rows)
             passes = (shares.batch_of(micro, train_rows) for micro in shares.of(batch_rows, train_rows))
-            total = accumulate(wrapped, passes, num_trained, accelerator)
+            total = accumulate(wrapped, passes, num_trained, accelerator,
+                               abandon=lambda: stop.requested_here(accelerator))
+            if total is None:  # the step is made anew when the run goes on, with the random numbers that it began with
+                stop_after_saving(taken)
             loss = float(accelerator.reduce(total, "sum")) / num_trained
             grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
             if not (math.isfinite(loss) and (math.isfinite(grad_norm) or settings.precision == "fp16")):
-                _diverged(step + 1, loss, grad_norm, [train_rows.origins[row] for row in batch_rows])
+                divergence.refuse_step(step + 1, loss, grad_norm, wrapped, batch_rows, shares, train_rows, accelerator)
+            divergence.watch_for_spike(state, loss, [train_rows.origins[row] for row in batch_rows])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -141,8 +182,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
             state["trained_tokens"] += num_trained
             state["tokens_padded"] += shares.padding_of(batch_rows, train_rows)
             needed = cost.of_rows(map(train_rows.length, batch_rows), num_trained) if cost else None
-            if "flops" in state:
-                state["flops"] += needed or 0
+            state["flops"] += needed or 0
             log.metrics({"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
                          "trained_tokens": num_trained, "epoch": (step + 1) * settings.batch_size / len(train_rows)})
             log.timings({"step": step + 1, "seconds": seconds, "tokens": num_tokens,
@@ -152,34 +192,12 @@ def stage(recipe: Recipe, run: Run) -> Result:
                 "loss": number_text(loss), "tokens/s": f"{state['tokens_total'] / state['train_seconds']:.0f}",
                 "left": seconds_text(state["train_seconds"] / (step + 1) * (num_steps - step - 1))}))
 
-            finished = state["step"] == num_steps
-            due = settings.eval_every and state["step"] % settings.eval_every == 0
-            if len(held_out_rows) and (finished or due):
-                current = held_out_loss()
-                wrapped.train()
-                log.metrics({"step": state["step"], "held_out_loss": current, "num_rows": len(held_out_rows)})
-                tell(Note(text=f"held-out loss after step {state['step']}: {number_text(current)}"))
-                if not math.isfinite(current):
-                    _diverged(state["step"], current, grad_norm, ["held-out rows"])
-                if state["best_loss"] is None or current < state["best_loss"]:
-                    state["best_loss"], state["best_step"] = current, state["step"]
-                    if settings.keep == "best":
-                        _write_adapter(net, work / "best", recipe, accelerator, start)
-                state["held_out_after"] = current
-            if finished or state["step"] % save_every == 0 or stop.requested(accelerator):
-                save()
-            if stop.requested(accelerator) and not finished:
-                raise StoppedError(
-                    str(run.path), f"stopped after step {state['step']} of {num_steps}, checkpoint saved",
-                    "run the same command again" if accelerator.num_processes > 1 else
-                    f"go on with: lora-kit train {run.path}")
-
-    _write_adapter(net, work / "adapter", recipe, accelerator, start)
-    if settings.keep == "best" and state["best_step"] not in (None, num_steps) and accelerator.is_main_process:
-        with writing(work):
-            shutil.rmtree(work / "adapter")
-            shutil.copytree(work / "best", work / "adapter")
+    # Whatever comes now is made again from the last checkpoint.
+    stop.end_at_once(f"stopped after the last of {num_steps} steps, checkpoint saved")
+    if settings.keep == "best" and state["best_step"] not in (None, num_steps):
+        checkpoints.load_best(state["best_step"])
         tell(Note(text=f"kept the adapter of step {state['best_step']}, which had the lowest held-out loss"))
+    _write_adapter(net, work / "adapter", recipe, accelerator, start)
     stops = _stop_rate(recipe, run, net, accelerator)
     accelerator.wait_for_everyone()
     adapters.check_trained(work / "adapter", state.get("start_sha256"), start)
@@ -197,6 +215,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
         figures={
             "steps": num_steps, "train_seconds": state["train_seconds"], "stage_seconds": time.perf_counter() - started,
             "held_out_before": before, "held_out_after": after, "best_step": state["best_step"],
+            "loss_spikes": state["spikes"],
             "kept": settings.keep, "peak_memory_bytes": isolate.peak_memory_bytes(),
             "device_peak_memory_bytes": _device_peak(accelerator), "tokens_per_second":
             state["tokens_total"] / state["train_seconds"], "trained_tokens": state["trained_tokens"],
@@ -204,7 +223,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
             "precision": processes.precision_of(accelerator), "device": str(accelerator.device),
             "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(), **prepared,
             "tokens_padded": state["tokens_padded"], "stops": stops, "start": start_up,
-            "flops": state.get("flops") or None, "ceiling_flops_per_second": ceiling,
+            "flops": state["flops"] or None, "ceiling_flops_per_second": ceiling,
         },
     )
 
@@ -240,12 +259,6 @@ def _write_adapter(net, folder: Path, recipe: Recipe, accelerator, start: Path |
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
         adapters.save_adapter(net, folder, recipe.model.base, tensors, start)
-
-
-def _diverged(step: int, loss: float, grad_norm: float, origins: list[str]) -> None:
-    shown = ", ".join(origins[:4]) + (f" and {len(origins) - 4} more" if len(origins) > 4 else "")
-    raise DivergedError(f"train step {step}", f"loss {loss}, gradient norm {grad_norm} (rows {shown})",
-                        "lower train.learning_rate; the last checkpoint is from before this step")
 
 
 def _device_peak(accelerator) -> int | None:

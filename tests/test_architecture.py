@@ -28,7 +28,7 @@ LEVELS = {
        "stopwatch",
     2: "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check libraries optimizer trackers template_check "
-       "shares processes training_model training_log resume stop_signals",
+       "shares processes training_model training_log resume divergence stop_signals",
     3: "engines quantizers certificate scoring stop_rate baseline",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight",
     5: "pipeline terminal",

@@ -126,6 +126,37 @@ def test_two_are_kept(tmp_path):
     assert newest(tmp_path).state == {"step": 3}
 
 
+def test_that_of_the_lowest_loss_stays(tmp_path):
+    for step in range(1, 5):
+        save(tmp_path, step, tensors(step), {"step": step}, keep_steps={1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003", "step-000004"]
+
+
+def test_what_a_killed_process_left_is_mended(tmp_path):
+    save_steps(tmp_path, 1)
+    (tmp_path / "step-000001").rename(tmp_path / ".step-000001.old")  # between the two renames of a replacement
+    (tmp_path / ".step-000002.working").mkdir()
+    (tmp_path / ".step-000000.going").mkdir()
+    assert newest(tmp_path).state == {"step": 1}
+    assert save_steps(tmp_path, 3) == ["step-000001", "step-000003"]
+
+
+def test_random_states_of_python_numpy_and_torch_come_back(tmp_path):
+    import random
+
+    import numpy
+    import torch
+
+    def draw():
+        return random.random(), numpy.random.rand(), float(torch.rand(())), random.gauss(0, 1), numpy.random.randn()
+
+    draw()
+    save(tmp_path, 1, {}, {"random": random_state()})
+    drawn = draw()
+    restore_random_state(newest(tmp_path).state["random"])
+    assert draw() == drawn
+
+
 def test_a_step_is_saved_again_over_itself(tmp_path):
     save_steps(tmp_path, 1, 2)
     save(tmp_path, 2, tensors(2), {"step": 2, "again": True})
@@ -139,7 +170,8 @@ def test_steps_are_sorted_as_numbers(tmp_path):
 
 
 def test_where_there_is_none_there_is_none(tmp_path):
-    assert newest(tmp_path) is None and newest(tmp_path / "nothing") is None
+    assert newest(tmp_path) is None
+    assert newest(tmp_path / "nothing") is None
 
 
 # ---- what is broken --------------------------------------------------------------------
@@ -179,12 +211,67 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damag
     assert cautions[0].endswith("; the checkpoint before it is used")
 
 
-def test_when_all_are_broken_there_is_none(tmp_path):
+def test_when_all_are_broken_the_work_is_not_thrown_away(tmp_path):
     save_steps(tmp_path, 1, 2)
     for folder in tmp_path.iterdir():
         flip(folder / "state.json")
-    found, cautions = newest_with_cautions(tmp_path)
-    assert found is None and len(cautions) == 2
+    told = []
+    with pytest.raises(RefusedError, match="none of its 2 checkpoints can be gone on from; .*--fresh") as refused:
+        with listening(told.append):
+            newest(tmp_path)
+    assert refused.value.exit_code == 7
+    assert [f"step-00000{step}" in event.text for step, event in zip((2, 1), told, strict=True)] == [True, True]
+
+
+# ---- what is whole and does not belong -------------------------------------------------
+
+
+def test_a_checkpoint_of_another_run_is_foreign(tmp_path):
+    for run_id, step in (("ours", 1), ("theirs", 2)):
+        save(tmp_path / run_id, step, tensors(step), {"step": step}, run_id=run_id)
+    (tmp_path / "theirs" / "step-000002").rename(tmp_path / "ours" / "step-000002")
+    told = []
+    with listening(told.append):
+        assert newest(tmp_path / "ours", "ours").state == {"step": 1}
+    assert told[0].text.endswith("step-000002: is a checkpoint of another run; the checkpoint before it is used")
+
+
+def test_two_checkpoints_that_changed_names_are_both_refused(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "step-000001").rename(tmp_path / "aside")
+    (tmp_path / "step-000002").rename(tmp_path / "step-000001")
+    (tmp_path / "aside").rename(tmp_path / "step-000002")
+    with pytest.raises(RefusedError, match="none of its 2"):
+        newest(tmp_path)
+    with pytest.raises(RefusedError, match="is the checkpoint of step 2"):
+        checkpoint.verified(tmp_path / "step-000001", 1)
+
+
+def test_a_manifest_is_written_in_one_way_only(tmp_path):
+    save_steps(tmp_path, 1)
+    path = tmp_path / "step-000001" / "manifest.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(RefusedError, match="does not match its own seal"):
+        checkpoint.verified(path.parent, 1)
+
+
+def test_what_cannot_be_gone_on_from_is_passed_over_like_a_broken_one(tmp_path):
+    save_steps(tmp_path, 1, 2)
+
+    def fits(found):
+        if found.state["step"] == 2:
+            raise RefusedError("metrics.jsonl", "is another")
+
+    assert newest(tmp_path, fits=fits).state == {"step": 1}
+
+
+def test_a_link_is_not_a_file_of_a_checkpoint(tmp_path):
+    save_steps(tmp_path, 1)
+    path = tmp_path / "step-000001" / "adapter.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RefusedError, match="adapter.safetensors: does not match"):
+        checkpoint.verified(path.parent, 1)
 
 
 # ---- a full disk -----------------------------------------------------------------------

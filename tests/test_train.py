@@ -154,8 +154,13 @@ def test_keep_best_hands_on_the_best_adapter(tiny_model, rows, tmp_path):
     figures = run.seal("train")["figures"]
     held_out = metrics_of(run, "held_out_loss")[1:]
     assert figures["best_step"] == 2 * (held_out.index(min(held_out)) + 1) < 24
-    best = run.stage_dir("train") / "best" / "adapter_model.safetensors"
-    assert best.read_bytes() == (run.stage_dir("train") / "adapter" / "adapter_model.safetensors").read_bytes()
+    from safetensors.torch import load_file
+
+    train_dir = run.stage_dir("train")
+    best = load_file(train_dir / "checkpoints" / f"step-{figures['best_step']:06d}" / "adapter.safetensors")
+    kept = load_file(train_dir / "adapter" / "adapter_model.safetensors")
+    assert sorted(name.replace(".default", "") for name in best) == sorted(kept)
+    assert all(tensor.equal(kept[name.replace(".default", "")]) for name, tensor in best.items())
 
 
 def test_from_adapter_goes_on_from_its_values(tiny_model, rows, tmp_path):
