@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kit import stopwatch
+from lora_kit import merging, stopwatch
 from lora_kit.errors import ModelError, RecipeError, RefusedError
 from lora_kit.model import short
 from lora_kit.recipe import LoraSection
@@ -110,9 +110,11 @@ def _with_adapter(model, adapter_dir: Path, is_trainable: bool):
                            "save it with safe_serialization=True")
     refuse_changed_base(adapter_dir)
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable)
         with safe_open(adapter_dir / "adapter_model.safetensors", framework="pt") as file:
             saved = set(file.keys())
+        merging.prepare_ends(model, adapter_dir, dict(json.loads(
+            (adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))))
+        adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable)
     except SafetensorError as error:
         raise RefusedError(str(adapter_dir), f"its weights are not whole ({short(error)})",
                            "fetch or train it again") from None

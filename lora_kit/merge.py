@@ -1,11 +1,11 @@
 """Stage merge: base plus adapter as one plain model, with the proof that it is both.
 
-The adapter is checked against the 16-bit base before anything is loaded; then peft merges in
-fp32 and the sum is cast once to ``merge.dtype``. Both happen in a fresh process, and another
-one makes the certificate from the files on disk, by three measurements:
+The adapter is checked against the 16-bit base before any weights are read; then it is merged in fp32,
+block of rows by block of rows (``merging``), and cast once to ``merge.dtype``. Both happen in a fresh process, and
+another one makes the certificate from the files on disk, by three measurements:
 
-1. *exact*: base and adapter, merged in fp32, against base and adapter side by side in fp32;
-2. *stored*: the weights on disk against the cast of that merge, tensor by tensor;
+1. *exact*: base and adapter, merged by peft in fp32, against base and adapter side by side in fp32;
+2. *stored*: the weights on disk against the cast of peft's merge, tensor by tensor;
 3. *faithful*: the model on disk, in its own type, against base and adapter in fp32, judged by
    the floor: the merge of (1), cast in memory and run in that type, which is what the type costs
    a model with these weights. Base and adapter run unmerged in that type stand beside it.
@@ -25,8 +25,9 @@ from lora_kit.adapter_check import check_adapter
 from lora_kit.chat import load_tokenizer
 from lora_kit.engines import open_engine
 from lora_kit.errors import ModelError
+from lora_kit.merging import write_merged
 from lora_kit.model import load_base, torch_dtype, weight_bytes
-from lora_kit.model_files import copy_tokenizer, save_weights
+from lora_kit.model_files import copy_config, copy_tokenizer
 from lora_kit.recipe import Recipe
 from lora_kit.rundir import Run, write_json, writing
 from lora_kit.types import Artifact, Result, Verdict
@@ -151,22 +152,16 @@ def _measured_on(split: str, figures: dict[str, Any]) -> str:
 def merge_to_folder(base_dir: str, adapter_dir: str, tokenizer_dir: str, out_dir: str, dtype: str) -> dict[str, Any]:
     """Merge the adapter into the base in fp32 and write it to ``out_dir``, cast once to ``dtype``.
 
-    To be called in a fresh process. Returns ``num_params``. Raises as :func:`stage`.
+    To be called in a fresh process. Returns ``num_params``, ``untied`` and ``left_out`` of the
+    :class:`lora_kit.merging.Plan`. Raises as :func:`stage`.
     """
-    import torch
-
-    check_adapter(Path(base_dir), Path(adapter_dir))
-    model = _merged_fp32(_unmerged(base_dir, adapter_dir, "fp32", "cpu"))
-    num_params = sum(parameter.numel() for parameter in model.parameters())
-    model = model.to(torch_dtype(dtype))
-    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ModelError(f"merge.dtype: {dtype}", f"{broken[0]} does not fit into it (infinite after the cast)",
-                         "set merge.dtype: bf16")
-    with writing(Path(out_dir)):
-        save_weights(model, Path(base_dir), Path(out_dir))
-        copy_tokenizer(Path(tokenizer_dir), Path(out_dir))
-    return {"num_params": num_params}
+    base, out = Path(base_dir), Path(out_dir)
+    plan = check_adapter(base, Path(adapter_dir))
+    with writing(out):
+        write_merged(plan, out, dtype)
+        copy_config(plan.config, base, out, dtype)
+        copy_tokenizer(Path(tokenizer_dir), out)
+    return {"num_params": plan.num_params, "untied": plan.untied, "left_out": list(plan.left_out)}
 
 
 def _unmerged(base_dir: str, adapter_dir: str, dtype: str, device: str):

@@ -8,8 +8,10 @@ itself. Reads and writes model folders.
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -52,3 +54,16 @@ def save_weights(model, source: Path, target: Path) -> None:
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     else:
         (target / "generation_config.json").unlink(missing_ok=True)
+
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def copy_config(config: dict[str, Any], source: Path, target: Path, dtype: str) -> None:
+    """Write ``config`` as config.json of ``target``, with its dtype, and carry over generation_config.json of
+    ``source``."""
+    for key in {"dtype", *(key for key in ("torch_dtype",) if key in config)}:  # older releases read torch_dtype
+        config = {**config, key: _DTYPES[dtype]}
+    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (source / "generation_config.json").exists():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")

@@ -1,10 +1,11 @@
 """Adapters that cannot be merged rightly are refused, each for what is wrong with it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from lora_kit.adapter_check import check_adapter
+from lora_kit.adapter_check import REFUSED, check_adapter
 from lora_kit.errors import ModelError, RefusedError
 from tests import fake_run, tiny
 
@@ -49,11 +50,13 @@ def test_another_base_is_refused_by_shape(other, what, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-@pytest.mark.filterwarnings("ignore")  # peft warns of what is refused here
-def test_the_ends_of_a_tied_model_are_refused(target, base, tmp_path):
-    folder = fake_run.save_adapter(base, tmp_path / "adapter", targets=["q_proj", target])
-    with pytest.raises(ModelError, match=f"adapts .*{target}, which is tied"):
-        check_adapter(base, folder)
+@pytest.mark.filterwarnings("ignore")  # peft warns of ends that are tied
+def test_a_lora_on_an_end_of_a_tied_model_parts_the_two(target, base, tmp_path):
+    plan = check_adapter(base, fake_run.save_adapter(base, tmp_path / "adapter", targets=["q_proj", target]))
+    assert plan.untied and plan.config["tie_word_embeddings"] is False
+    assert [name for name, each in plan.targets.items() if each.changes and "layers" not in name] == [
+        {"lm_head": "lm_head.weight", "embed_tokens": "model.embed_tokens.weight"}[target]]
+    assert "lm_head.weight" in plan.targets
 
 
 def test_the_head_of_an_untied_model_is_fine(tmp_path):
@@ -77,7 +80,10 @@ def test_an_adapter_that_changes_nothing_is_refused(base, adapter):
 
 
 @pytest.mark.parametrize(("fields", "what"), [
-    ({"peft_type": "IA3"}, "is IA3, not LoRA"), ({"layer_replication": [[0, 2], [0, 2]]}, "repeats layers")])
+    ({"peft_type": "IA3"}, "is IA3, not LoRA"), ({"init_lora_weights": "pissa"}, "was made with pissa"),
+    *(({key: value}, rf"\({key}\) ") for key, value in {
+        **dict.fromkeys(REFUSED, {"some": "setting"}), "layer_replication": [[0, 2], [0, 2]],
+        "alora_invocation_tokens": [5, 6], "target_parameters": ["experts"], "use_qalora": True}.items())])
 def test_kinds_that_peft_merges_wrongly_or_otherwise(fields, what, base, adapter):
     change_config(adapter, **fields)
     with pytest.raises(ModelError, match=what):
@@ -93,3 +99,9 @@ def test_folders_that_are_no_adapter(base, adapter, tmp_path):
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(RefusedError, match="is not JSON"):
         check_adapter(base, adapter)
+
+
+def test_the_page_lists_what_is_refused_and_why():
+    page = (Path(__file__).parent.parent / "docs" / "merge.md").read_text(encoding="utf-8")
+    for key, why in REFUSED.items():
+        assert f"`{key}`" in page and why in " ".join(page.split()), key

@@ -26,7 +26,8 @@ LEVELS = {
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
        "report_proofs scored paired report_items junit eval_checks intervals claims comparison power sequential "
        "stopwatch",
-    2: "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
+    2: "merging tensor_files "
+       "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check libraries optimizer trackers template_check "
        "shares processes training_model training_log resume divergence stop_signals",
     3: "engines quantizers certificate scoring stop_rate baseline",

@@ -88,3 +88,12 @@ def test_gate_power(tmp_path):
     assert rows["A/A, 5% flips, must improve", "FAIL"]["share"] < 0.05
     assert rows["drop of 6.4 points, 5% flips, must improve", "FAIL"]["share"] > 0.7
     assert rows["drop of 16.5 points, 4 looks", "FAIL"]["mean_items"] < 150
+
+
+def test_merge(tmp_path):
+    figures, printed = quick("merge.py", tmp_path)
+    rows = figures["rows"]
+    assert figures["num_params"] == 5_900_544 and list(rows) == ["lora-kit", "peft, fp32", "peft, bf16"]
+    assert rows["peft, fp32"]["differing"] < 1e-4 < rows["peft, bf16"]["differing"]
+    assert all(row["seconds"] > 0 and row["anonymous_bytes"] > 5e7 for row in rows.values())
+    assert "elements unlike lora-kit's" in printed
