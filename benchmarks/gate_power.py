@@ -10,7 +10,8 @@ Three promises are held to it:
   are skewed are harder, and 5 % on one side is all that is promised of them;
 * a planted difference of the size that ``lora-kit eval --dry-run`` calls the smallest that can be seen is found
   with the stated power, 80 %;
-* looking in batches (``lora_kit/sequential.py``) keeps the level, finds nearly as much, and saves items.
+* looking in batches (``lora_kit/sequential.py``) keeps the level, finds nearly as much, and saves items, also
+  as ``eval.budget`` does it (``lora_kit/budget.py``), with several gates of which each stays as it was decided.
 
 A share over 10,000 runs has a standard error of its own: ``--check`` exits with 1 where one misses its promise by more
 than three of them. Only numpy and scipy work here; no model is loaded.
@@ -121,6 +122,33 @@ def batches(generator, runs: int, difference: float, discordance: float, num_loo
     return found
 
 
+def budgeted(generator, runs: int, difference: float, num_gates: int) -> Counter:
+    """Several gates under a time budget: a tenth of the items, then three looks more, and what is decided stays.
+
+    A run counts as FAIL (PASS) when any gate does; ``items`` counts what was evaluated until all were decided.
+    """
+    ends = [math.ceil(ITEMS * share) for share in (0.1, 0.4, 0.7, 1.0)]
+    steps = [[flips(generator, runs, difference, 0.1, end - before) for _ in range(num_gates)]
+             for before, end in zip([0, *ends], ends, strict=False)]
+    found: Counter = Counter()
+    for run in range(runs):
+        counts, decided = [[0, 0] for _ in range(num_gates)], {}
+        for look, end in enumerate(ends):
+            for place, drawn in enumerate(steps[look]):
+                if place not in decided:  # what is decided is scored no further
+                    counts[place] = [counts[place][side] + int(drawn[run][side]) for side in (0, 1)]
+            evidence = [evidence_of_counts(*counted, end if place not in decided else ITEMS)
+                        for place, counted in enumerate(counts)]
+            verdicts = gates.decide([TARGET] * num_gates, evidence, shares=[each / ITEMS for each in ends[:look + 1]],
+                                    decided=decided)
+            decided = {place: verdict for place, verdict in enumerate(verdicts) if verdict.outcome != "INCONCLUSIVE"}
+            if len(decided) == num_gates:
+                break
+        found.update({verdict.outcome for verdict in decided.values()})
+        found["items"] += end
+    return found
+
+
 def smallest(discordance: float, bound: float = 0.0) -> float:
     """The smallest improvement over ``bound`` that the dry run promises to be seen."""
     return power.smallest_detectable(
@@ -152,6 +180,9 @@ def scenarios() -> list[tuple[str, str, str, float, Callable[[numpy.random.Gener
                           lambda g, n, k=number: skewed(g, n, k)))
         found.append(("A/A, 40 clusters of 5", verdict, "most", LEVEL, lambda g, n: clustered(g, n)))
         found.append(("A/A, five gates at once, any of them", verdict, "most", LEVEL, lambda g, n: several(g, n, 5)))
+        for number in (1, 3):
+            found.append((f"A/A, {number} gate{'s' * (number > 1)} under a time budget, any of them", verdict, "most",
+                          LEVEL, lambda g, n, k=number: budgeted(g, n, 0.0, k)))
         for looks in (4, 10):
             found.append((f"A/A, {looks} looks", verdict, "most", LEVEL,
                           lambda g, n, k=looks: batches(g, n, 0.0, 0.1, k)))
@@ -160,6 +191,8 @@ def scenarios() -> list[tuple[str, str, str, float, Callable[[numpy.random.Gener
                   lambda g, n: batches(g, n, -size, 0.1, 4)))
     found.append((f"drop of {2 * size * 100:.1f} points, 4 looks", "FAIL", "least", 0.99,
                   lambda g, n: batches(g, n, -2 * size, 0.1, 4)))
+    found.append((f"drop of {size * 100:.1f} points, a time budget", "FAIL", "least", power.POWER - 0.02,
+                  lambda g, n: budgeted(g, n, -size, 1)))
     return found
 
 

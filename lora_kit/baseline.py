@@ -57,7 +57,8 @@ def item_hashes(suite: Suite, eval_dir: Path, data_dir: Path) -> dict[str, dict[
         if path.exists():
             items = json.loads(path.read_text(encoding="utf-8"))["items"]
             found[task.name] = {
-                item["item_id"]: _hash(json.dumps({key: value for key, value in item.items() if key != "cluster"},
+                item["item_id"]: _hash(json.dumps({key: value for key, value in item.items()
+                                                   if key not in ("cluster", "stratum")},
                                                   sort_keys=True, ensure_ascii=False).encode())
                 for item in items}
         elif task.metrics == [LOSS]:

@@ -273,15 +273,22 @@ def eval_(
     write_baseline: Annotated[
         Path | None, typer.Option(help="Write what the artifacts score there, for --baseline of later runs.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop once every gate is decided, or after this time: 300s, 5m. "
+                                 "As eval.budget does.")
+    ] = None,
     inconclusive: InconclusiveOption = None,
     junit: Annotated[
         Path | None, typer.Option(help="Write the gates as JUnit XML, a test case for each.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write gates, scores and changed items as Markdown, for a CI step's summary.")
+    ] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
     debug: DebugOption = False,
 ) -> None:
     """Score the artifacts of a run with its suite and decide its gates."""
-    from lora_kit import junit as junit_file
-    from lora_kit import pipeline, rundir
+    from lora_kit import ci_files, pipeline, rundir
     from lora_kit.errors import GateFailed, GateInconclusive, LoraKitError
 
     if dry_run:
@@ -290,9 +297,12 @@ def eval_(
     opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
     if baseline:
         opened = pipeline.compare_with(opened, baseline)
+    if budget:
+        opened = pipeline.within(opened, budget)
     decided: LoraKitError | None = None
     try:
-        with junit_file.reporting(junit, opened, inconclusive=inconclusive):
+        with ci_files.reporting(opened, junit_path=junit, markdown=markdown, json_path=json_,
+                                inconclusive=inconclusive):
             _do_stage("eval", opened.path, runs, no_deps, again, inconclusive)
     except (GateFailed, GateInconclusive) as error:
         decided = error

@@ -62,13 +62,22 @@ def compare(
     def lines(pair: tuple[str, str, str, str], side: int) -> list[dict[str, Any]]:
         return scored[pair[side]][pair[:2]]
 
-    found = [_evidence(gate, scored, higher_is_better, corpus, not_measured) for gate in claims]
     return Compared(
-        scores=scores, verdicts=gates.decide(claims, found),
+        scores=scores, verdicts=verdicts(scored, claims, higher_is_better, not_measured, corpus),
         differences=[gates.difference(lines(pair, 2), lines(pair, 3), corpus=corpus.get(pair[:2]), **about(pair))
                      for pair in pairs],
         flips=[gates.flips(lines(pair, 2), lines(pair, 3), **about(pair)) for pair in pairs
                if (pair[2], pair[3]) in stages])
+
+
+def verdicts(
+    scored: Scored, claims: Sequence[Gate], higher_is_better: Mapping[tuple[str, str], bool],
+    not_measured: Sequence[Mapping[str, str]], corpus: Mapping[tuple[str, str], gates.Corpus | None], *,
+    shares: Sequence[float] = (1.0,), decided: Mapping[int, Verdict] | None = None,
+) -> list[Verdict]:
+    """The verdicts alone; ``shares`` and ``decided`` as :func:`gates.decide` takes them."""
+    found = [_evidence(gate, scored, higher_is_better, corpus, not_measured) for gate in claims]
+    return gates.decide(claims, found, shares=shares, decided=decided)
 
 
 def stage_pairs(names: Sequence[str]) -> list[tuple[str, str]]:

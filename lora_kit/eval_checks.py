@@ -49,23 +49,59 @@ def overlap_of(suite: Suite, scored: Scored, data_dir: Path, *, drops: bool) -> 
     return found
 
 
-def clean_scores(overlap: Mapping[str, Mapping[str, Any]], scored: Scored,
-                 higher_is_better: Mapping[tuple[str, str], bool]) -> list[dict[str, Any]]:
+def clean_scores(
+    overlap: Mapping[str, Mapping[str, Any]], scored: Scored, higher_is_better: Mapping[tuple[str, str], bool],
+    corpus: Mapping[tuple[str, str], gates.Corpus | None] | None = None,
+) -> list[dict[str, Any]]:
     """The scores of the items that overlap no training row, for each task that has both kinds of items.
 
-    A metric whose value is no mean of its items (``outcome`` in their lines) has none.
+    Args:
+        corpus: what makes the value of a corpus metric, by (task, metric).
     """
+    corpus = corpus or {}
+    return [gates.task_score(_clean(lines, overlap[task]), task=task, artifact=name, metric=metric,
+                             corpus=corpus.get((task, metric)),
+                             higher_is_better=higher_is_better[task, metric]).as_dict()
+            for name, by_metric in scored.items() for (task, metric), lines in by_metric.items()
+            if task in overlap and overlap[task]["items"]]
+
+
+def clean_differences(
+    overlap: Mapping[str, Mapping[str, Any]], scored: Scored, differences: Sequence[Mapping[str, Any]],
+    corpus: Mapping[tuple[str, str], gates.Corpus | None] | None = None,
+) -> list[dict[str, Any]]:
+    """Each of ``differences`` over the items that overlap no training row, where the task has others too."""
     found = []
-    for name, by_metric in scored.items():
-        for (task, metric), lines in by_metric.items():
-            alike = set(overlap[task]["items"]) if task in overlap else set()
-            if not alike or any(line.get("outcome") is not None for line in lines):
-                continue
-            clean = [line for line in lines if line["item_id"] not in alike]
-            score = gates.task_score(clean, task=task, artifact=name, metric=metric,
-                                     higher_is_better=higher_is_better[task, metric])
-            found.append(score.as_dict())
+    for each in differences:
+        key, about = (each["task"], each["metric"]), overlap.get(each["task"])
+        if about and about["items"]:
+            ones, others = (_clean(scored[each[side]][key], about) for side in ("artifact", "baseline"))
+            found.append(gates.difference(
+                ones, others, task=key[0], metric=key[1], artifact=each["artifact"], baseline=each["baseline"],
+                higher_is_better=each["higher_is_better"], corpus=(corpus or {}).get(key)))
     return found
+
+
+def _clean(lines: Sequence[dict[str, Any]], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    alike = set(about["items"])
+    return [line for line in lines if line["item_id"] not in alike]
+
+
+DIFFERENCE_COLUMNS = ("task", "artifact", "against", "all items", "items", "clean items only", "95 % interval",
+                      "clean items")
+"""Columns of :func:`clean_difference_rows`."""
+
+
+def clean_difference_rows(clean: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]
+                          ) -> list[tuple[str, ...]]:
+    """Rows of a table: each difference on clean items beside the whole."""
+    def key(each: Mapping[str, Any]) -> tuple:
+        return each["task"], each["metric"], each["artifact"], each["baseline"]
+
+    whole = {key(each): each for each in differences}
+    return [(f"{each['task']} {each['metric']}", each["artifact"], each["baseline"],
+             number_text(whole[key(each)]["difference"], 3), count_text(whole[key(each)]["num_items"]),
+             number_text(each["difference"], 3), _interval(each), count_text(each["num_items"])) for each in clean]
 
 
 CLEAN_COLUMNS = ("task", "artifact", "all items", "items", "clean items only", "95 % interval", "clean items")
@@ -78,12 +114,15 @@ def clean_rows(clean: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str,
     rows = []
     for each in clean:
         of = whole[each["task"], each["metric"], each["artifact"]]
-        low, high = each["ci_low"], each["ci_high"]
         rows.append((f"{each['task']} {each['metric']}", each["artifact"], number_text(of["value"], 3),
-                     count_text(of["num_items"]), number_text(each["value"], 3),
-                     "–" if low is None else f"{number_text(low, 3)} to {number_text(high, 3)}",
+                     count_text(of["num_items"]), number_text(each["value"], 3), _interval(each),
                      count_text(each["num_items"])))
     return rows
+
+
+def _interval(each: Mapping[str, Any]) -> str:
+    low, high = each["ci_low"], each["ci_high"]
+    return "–" if low is None else f"{number_text(low, 3)} to {number_text(high, 3)}"
 
 
 def overlap_text(overlap: Mapping[str, Mapping[str, Any]]) -> str:

@@ -16,18 +16,31 @@ folder: ``items/<task>.json`` (the questions), ``<artifact>/items.jsonl`` and
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_kit import baseline, comparison, eval_checks, events, isolate, items, rows, template_check, tokens
+from lora_kit import (
+    baseline,
+    budget,
+    comparison,
+    eval_checks,
+    events,
+    isolate,
+    items,
+    rows,
+    scoring,
+    template_check,
+    tokens,
+)
 from lora_kit.comparison import Scored
-from lora_kit.errors import MachineError
+from lora_kit.errors import MachineError, RecipeError
 from lora_kit.formats import UnusableRow
 from lora_kit.recipe import Recipe
 from lora_kit.rundir import Run, write_json, writing
-from lora_kit.suite import FEWSHOT, LOSS, HeldOutLossTask, Suite, suite_of
+from lora_kit.suite import FEWSHOT, LOSS, HeldOutLossTask, Suite, Task, suite_of
 from lora_kit.types import Artifact, Conversation, Result, TaskScore, Verdict
 from lora_kit.units import number_text
 
@@ -46,6 +59,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
             of a task's items failed.
         RefusedError: the baseline was made from other prompts, with another tokenizer or other versions.
     """
+    started = time.perf_counter()
     suite = suite_of(recipe, run.recipe_file.folder)
     names = recipe.eval.artifacts or [name for name in run.artifacts() if name != "adapter"]
     artifacts = [run.artifact(name) for name in names]
@@ -54,26 +68,105 @@ def stage(recipe: Recipe, run: Run) -> Result:
     with writing(work):
         asked = _write_items(suite, recipe, run.recipe_file.folder, data_dir, held_out, work / "items")
     lock, hashes = _locked(suite, recipe, run, work, data_dir)
-    samples = _sample_prompts(held_out, recipe.eval.samples)
+    # Sample answers take time that the budget is for something else.
+    samples = [] if recipe.eval.budget else _sample_prompts(held_out, recipe.eval.samples)
     outcomes: dict[str, dict[str, Any]] = {}
-    for index, artifact in enumerate(artifacts):
+    spent = None
+    if recipe.eval.budget:
+        spent = _within_budget(suite, recipe, run, artifacts, lock, hashes, outcomes, started)
+    for index, artifact in enumerate([] if recipe.eval.budget else artifacts):
         events.tell(events.Progress(stage="eval", done=index, total=len(artifacts), unit="artifact",
                                     fields={"scoring": artifact.name}))
         outcomes[artifact.name] = _score_apart(artifact, suite, recipe, samples, data_dir, work, _training(run))
     events.tell(events.Progress(stage="eval", done=len(artifacts), total=len(artifacts), unit="artifact"))
-    scored: Scored = {name: _read_scored(work / name / "items.jsonl") for name in _subjects(suite, outcomes)}
+    scored = _all_scored(suite, outcomes, work)
     comparison.check_errors(scored, recipe.eval.max_errors, str(work))
     locked = baseline.scored(lock, hashes, scored) if lock else {}
     with writing(work):
         return _write_results(suite, asked, outcomes, scored, locked, samples, work, data_dir,
-                              recipe.data.overlap == "drop")
+                              recipe.data.overlap == "drop", spent)
+
+
+def _all_scored(suite: Suite, outcomes: dict[str, dict], work: Path) -> Scored:
+    return {name: _read_scored(work / name / "items.jsonl") for name in _subjects(suite, outcomes)}
+
+
+def _within_budget(suite: Suite, recipe: Recipe, run: Run, artifacts: list[Artifact], lock: dict | None, hashes: dict,
+                   outcomes: dict[str, dict[str, Any]], started: float) -> budget.Spent:
+    """Score in batches until every gate is decided or the time is used up; fills ``outcomes``."""
+    if not suite.gates:
+        raise RecipeError("eval.budget", "has no effect: the suite claims nothing that could be decided",
+                          "give it roles or gates, or remove eval.budget")
+    work, data_dir = run.work("eval"), run.stage_dir("data")
+    by_name = {artifact.name: artifact for artifact in artifacts}
+    claimed = {gate.task for gate in suite.gates}
+    ordered = {task.name: budget.in_order(_questions(task, recipe, data_dir, work), f"{recipe.seed} {task.name} order")
+               for task in suite.tasks if task.name in claimed}
+    higher, corpus = _about_metrics(suite)
+
+    def score(batch: budget.Batch) -> budget.Cost:
+        before = outcomes.get(batch.artifact)
+        training = _training(run) if batch.is_first else None
+        found = _score_apart(by_name[batch.artifact], suite, recipe, [], data_dir, work, training, batch.items)
+        outcomes[batch.artifact] = found if before is None else _together(before, found)
+        used = sum(found["task_seconds"].values())
+        return budget.Cost(fixed=max((found["seconds"] or 0.0) - used, 0.0), tasks=found["task_seconds"])
+
+    def decide(shares, decided) -> list[Verdict]:
+        scored = _all_scored(suite, outcomes, work)
+        locked = baseline.scored(lock, hashes, scored) if lock else {}
+        not_measured = [entry for outcome in outcomes.values() for entry in outcome["not_measured"]]
+        return comparison.verdicts(scored | locked, suite.gates, higher, not_measured, corpus, shares=shares,
+                                   decided=decided)
+
+    spent = budget.spend(ordered, suite.gates, recipe.eval.budget or 0.0, score, decide, started=started,
+                         tell=lambda text: events.tell(events.Note(text=text)))
+    about = budget.needed(suite.gates, {})
+    spent.left_out = [{"artifact": name, "task": task.name, "why": "no gate is about it, and the time is limited"}
+                      for name in by_name for task in suite.tasks if task.name not in about.get(name, ())]
+    return spent
+
+
+def _questions(task: Task, recipe: Recipe, data_dir: Path, work: Path) -> list[budget.Question]:
+    path = work / "items" / f"{task.name}.json"
+    if path.exists():
+        return [budget.Question(item_id=item["item_id"], cluster=item["cluster"], stratum=item.get("stratum", ""))
+                for item in json.loads(path.read_text(encoding="utf-8"))["items"]]
+    origins = tokens.read_examples(data_dir, "held_out").origins
+    return [budget.Question(item_id=scoring.held_out_id(origins[row], row), cluster=origins[row])
+            for row in items.draw(list(range(len(origins))), recipe.eval.limit, f"{recipe.seed} {task.name}")]
+
+
+def _together(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What two batches of one artifact say of themselves."""
+    known = {(entry["artifact"], entry["task"]) for entry in before["not_measured"]}
+    return {**before, "engines": before["engines"] | after["engines"],
+            "not_measured": before["not_measured"] + [entry for entry in after["not_measured"]
+                                                      if (entry["artifact"], entry["task"]) not in known],
+            "seconds": _sum(before["seconds"], after["seconds"]),
+            "num_known": before["num_known"] + after["num_known"],
+            "num_asked": before["num_asked"] + after["num_asked"],
+            "peak_memory_bytes": max(filter(None, (before["peak_memory_bytes"], after["peak_memory_bytes"])),
+                                     default=None)}
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else one + other
+
+
+def _about_metrics(suite: Suite) -> tuple[dict, dict]:
+    """By (task, metric): whether more of it is better, and what makes the value of a corpus metric."""
+    pairs = [(task, metric) for task in suite.tasks for metric in task.metrics]
+    return ({(task.name, metric): task.higher_is_better(metric) for task, metric in pairs},
+            {(task.name, metric): task.corpus(metric) for task, metric in pairs})
 
 
 def _training(run: Run) -> dict[str, Any] | None:
     """The tokenizer that training used, as the run recorded it."""
     base = run.resolved.get("base") or {}
-    folder = (base.get("artifact") or {}).get("tokenizer")
-    return {"tokenizer": folder, "content": base.get("content")} if folder else None
+    artifact = base.get("artifact") or {}
+    folder = artifact.get("tokenizer")
+    return {"tokenizer": folder, "content": base.get("content"), "model": artifact.get("path")} if folder else None
 
 
 def _locked(suite: Suite, recipe: Recipe, run: Run, work: Path, data_dir: Path) -> tuple[dict | None, dict]:
@@ -135,7 +228,8 @@ def _sample_prompts(held_out: list[Conversation], number: int) -> list[dict[str,
 
 
 def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list[dict], data_dir: Path,
-                 work: Path, training: dict[str, Any] | None) -> dict[str, Any]:
+                 work: Path, training: dict[str, Any] | None, only: dict[str, list[str]] | None = None
+                 ) -> dict[str, Any]:
     """What ``scoring.score_artifact`` says in a fresh process, with its cost; nothing measured when it cannot run."""
     # A default artifact may be one that this machine cannot run; one that the recipe names has to.
     strict = bool(recipe.eval.artifacts)
@@ -144,7 +238,8 @@ def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list
         "tasks": [{"name": task.name, "spec": task.spec.model_dump(mode="json")} for task in suite.tasks],
         "data_dir": str(data_dir), "work_dir": str(work), "tools_mode": recipe.data.tools, "samples": samples,
         "sample_tokens": recipe.eval.sample_tokens, "threads": recipe.eval.threads, "limit": recipe.eval.limit,
-        "seed": recipe.seed, "strict": strict, "training": training,
+        "seed": recipe.seed, "strict": strict, "training": training, "only": only,
+        "cache": recipe.eval.cache,
     }
     try:
         done = isolate.call("lora_kit.scoring:score_artifact", arguments, threads=recipe.eval.threads)
@@ -153,7 +248,7 @@ def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list
             raise
         not_measured = [{"artifact": artifact.name, "task": task.name, "why": str(error)} for task in suite.tasks]
         return {"engines": {}, "samples": None, "check": None, "seconds": None, "peak_memory_bytes": None,
-                "not_measured": not_measured}
+                "not_measured": not_measured, "task_seconds": {}, "num_known": 0, "num_asked": 0}
     return {**done.value, "seconds": done.seconds, "peak_memory_bytes": done.peak_memory_bytes}
 
 
@@ -161,25 +256,32 @@ def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list
 
 
 def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], scored: Scored, locked: Scored,
-                   samples: list[dict], work: Path, data_dir: Path, overlap_dropped: bool) -> Result:
+                   samples: list[dict], work: Path, data_dir: Path, overlap_dropped: bool,
+                   spent: budget.Spent | None = None) -> Result:
     """Scores, differences and verdicts from every artifact's items, written and told."""
-    higher = {(task.name, metric): task.higher_is_better(metric) for task in suite.tasks for metric in task.metrics}
-    corpus = {(task.name, metric): task.corpus(metric) for task in suite.tasks for metric in task.metrics}
+    higher, corpus = _about_metrics(suite)
     not_measured = [entry for outcome in outcomes.values() for entry in outcome["not_measured"]]
+    not_measured += spent.left_out if spent else []
     not_measured += _unanswered(suite, asked, scored, not_measured)
     found = comparison.compare(scored | locked, suite.gates, higher, not_measured, corpus)
-    scores, verdicts = found.scores, found.verdicts
+    scores, verdicts = found.scores, spent.verdicts if spent else found.verdicts
     checks = [outcome["check"] for outcome in outcomes.values() if outcome["check"]]
     overlap = eval_checks.overlap_of(suite, scored, data_dir, drops=overlap_dropped)
     figures = {"suite": suite.name, "scores": [score.as_dict() for score in scores],
                "differences": found.differences, "flips": found.flips, "not_measured": not_measured,
-               "checks": checks, "overlap": overlap, "clean": eval_checks.clean_scores(overlap, scored, higher)}
+               "checks": checks, "overlap": overlap,
+               "clean": eval_checks.clean_scores(overlap, scored, higher, corpus),
+               "clean_differences": eval_checks.clean_differences(overlap, scored | locked, found.differences, corpus)}
+    if spent:
+        figures["budget"] = {"stopped": spent.stopped, "looks": spent.looks}
+        events.tell(events.Note(text=f"stopped after look {len(spent.looks)}: {spent.stopped}"))
     for name in scored:
         outcome = outcomes["base" if name == FEWSHOT else name]
         (work / name).mkdir(exist_ok=True)
         write_json(work / name / "scores.json", {
             "format": FORMAT, "artifact": name, "engines": outcome["engines"], "seconds": outcome["seconds"],
-            "peak_memory_bytes": outcome["peak_memory_bytes"],
+            "peak_memory_bytes": outcome["peak_memory_bytes"], "num_known": outcome["num_known"],
+            "num_asked": outcome["num_asked"],
             "scores": [score.as_dict() for score in scores if score.artifact == name],
             "not_measured": [entry for entry in not_measured if entry["artifact"] == name],
         })
@@ -193,6 +295,10 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], scored:
     write_json(work / "samples.json", {"format": FORMAT, "samples": [
         {**sample, "answers": {name: answers[index] for name, answers in answered.items()}}
         for index, sample in enumerate(samples)]})
+    reused = [f"{outcome['num_known']} of {outcome['num_asked']} of {name}" for name, outcome in outcomes.items()
+              if outcome["num_known"]]
+    if reused:
+        events.tell(events.Note(text=f"answers from the cache: {', '.join(reused)}"))
     for why, names in _grouped(not_measured).items():
         events.tell(events.Caution(text=f"not measured: {', '.join(names)}: {why}"))
     events.tell(_as_table(scores, found.differences))
@@ -220,6 +326,10 @@ def _tell_checks(figures: dict[str, Any]) -> None:
         events.tell(events.Table(title="Without the items that overlap training rows",
                                  columns=eval_checks.CLEAN_COLUMNS,
                                  rows=eval_checks.clean_rows(figures["clean"], figures["scores"])))
+    if figures["clean_differences"]:
+        events.tell(events.Table(
+            title="Differences without these items", columns=eval_checks.DIFFERENCE_COLUMNS,
+            rows=eval_checks.clean_difference_rows(figures["clean_differences"], figures["differences"])))
 
 
 def _subjects(suite: Suite, outcomes: dict[str, dict]) -> Iterator[str]:

@@ -13,10 +13,11 @@ that for all of them together: that any PASS is wrong, and that any FAIL is. Rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_kit import sequential
 from lora_kit.claims import Gate
 from lora_kit.intervals import Finding
 from lora_kit.power import LEVEL, POWER
@@ -123,16 +124,25 @@ def evidence(items: ScoredItems | None, baseline_items: ScoredItems | None, gate
     return Evidence(higher_is_better=higher_is_better, estimate=found, why_not=nothing)
 
 
-def decide(gates: Sequence[Gate], found: Sequence[Evidence], alpha: float = ALPHA) -> list[Verdict]:
+def decide(gates: Sequence[Gate], found: Sequence[Evidence], alpha: float = ALPHA, shares: Sequence[float] = (1.0,),
+           decided: Mapping[int, Verdict] | None = None) -> list[Verdict]:
     """The verdicts on all gates of a suite together, in their order.
 
     Args:
         found: the evidence on each gate.
-        alpha: one-sided level of all gates together.
+        alpha: one-sided level of all gates together, over all looks.
+        shares: of the items, at each look so far, this one included (``sequential.py``).
+        decided: by place, what an earlier look decided; it stays.
     """
+    decided = decided or {}
     sides = [_p_values(gate, one) for gate, one in zip(gates, found, strict=True)]
-    shown, refuted = holm([above for above, _ in sides]), holm([below for _, below in sides])
-    return [_verdict(gate, one, side, (shown[index], refuted[index]), alpha, len(gates))
+    # What was claimed at an earlier look is out of the way of the others.
+    kept = [tuple(0.0 if place in decided and decided[place].outcome == outcome else p
+                  for outcome, p in zip(("PASS", "FAIL"), side, strict=True)) for place, side in enumerate(sides)]
+    times = sequential.times(shares, alpha)
+    shown, refuted = holm([above for above, _ in kept], times), holm([below for _, below in kept], times)
+    return [decided.get(index) or _verdict(gate, one, tuple(min(1.0, times(1) * p) for p in side),
+                                           (shown[index], refuted[index]), alpha, len(gates), shares)
             for index, (gate, one, side) in enumerate(zip(gates, found, sides, strict=True))]
 
 
@@ -172,7 +182,7 @@ def items_to_decide(finding: Finding, bound: float, num_items: int, alpha: float
 
 
 def _verdict(gate: Gate, found: Evidence, sides: tuple[float, float], adjusted: tuple[float, float], alpha: float,
-             num_gates: int) -> Verdict:
+             num_gates: int, shares: Sequence[float] = (1.0,)) -> Verdict:
     about = {"claim": claim_of(gate), "role": gate.role, "artifact": gate.artifact}
     estimate = found.estimate
     if estimate is None or estimate.mean is None:
@@ -183,6 +193,8 @@ def _verdict(gate: Gate, found: Evidence, sides: tuple[float, float], adjusted: 
         return Verdict(outcome="INCONCLUSIVE", evidence=f"{text}, no interval: {counted}", **about)
     text += (f" [{number_text(estimate.ci_low, 3)}, {number_text(estimate.ci_high, 3)}] at 95 %, "
              f"{'higher' if found.higher_is_better else 'lower'} is better, {counted}")
+    if len(shares) > 1:
+        text += f"; look {len(shares)}, at {shares[-1] * 100:.0f} % of the items planned"
     outcome = _outcome(adjusted, alpha)
     if num_gates > 1 and outcome != "INCONCLUSIVE":
         text += f"; p {number_text(min(adjusted), 2)} over {num_gates} gates (Holm)"
@@ -226,7 +238,7 @@ def _p_values(gate: Gate, found: Evidence) -> tuple[float, float]:
 def _value(items: ScoredItems, corpus: Corpus | None) -> Estimate:
     scored = [item for item in items if item["score"] is not None]
     clusters = [item["cluster"] for item in scored]
-    if corpus is not None:
+    if corpus is not None and _have_outcomes(scored):
         return corpus_interval(corpus, [item["outcome"] for item in scored], clusters)
     return mean_interval([item["score"] for item in scored], clusters, weights=_weights(scored))
 
@@ -234,7 +246,7 @@ def _value(items: ScoredItems, corpus: Corpus | None) -> Estimate:
 def _paired(items: ScoredItems, baseline_items: ScoredItems, corpus: Corpus | None) -> Difference:
     pairs = _pairs(items, baseline_items)
     clusters = [one["cluster"] for one, _ in pairs]
-    if corpus is not None:
+    if corpus is not None and _have_outcomes([side for pair in pairs for side in pair]):
         return corpus_difference(corpus, [one["outcome"] for one, _ in pairs], [other["outcome"] for _, other in pairs],
                                  clusters)
     return paired_difference([one["score"] for one, _ in pairs], [other["score"] for _, other in pairs], clusters,
@@ -245,6 +257,11 @@ def _pairs(items: ScoredItems, baseline_items: ScoredItems) -> list[tuple[dict[s
     other = {item["item_id"]: item for item in baseline_items if item["score"] is not None}
     return [(item, other[item["item_id"]]) for item in items
             if item["score"] is not None and item["item_id"] in other]
+
+
+def _have_outcomes(items: ScoredItems) -> bool:
+    """Whether the value is no mean of the scores: a user's module is known for a corpus metric once it has scored."""
+    return any(item.get("outcome") is not None for item in items)
 
 
 def _is_numeric(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_kit import prepared, rows
+from lora_kit import assertions, metrics, prepared, rows
 from lora_kit.errors import DataError
 from lora_kit.formats import UnusableRow
 from lora_kit.recipe import DataSource, Recipe
@@ -28,14 +28,19 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One question: ``messages`` and ``tools`` as templates read them; ``target`` and ``inputs`` are texts or JSON."""
+    """One question: ``messages`` and ``tools`` as templates read them; ``target`` and ``inputs`` are texts or JSON.
+
+    ``target`` is a list where several texts are right, each as good as the others. ``stratum``: what kind it is of,
+    where the task says so.
+    """
 
     item_id: str
     cluster: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
-    target: str
+    target: str | list[str]
     inputs: dict[str, str]
+    stratum: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -178,9 +183,25 @@ def _item(spec: GenerateTask, conversation: Conversation, record: dict[str, Any]
     inputs = {key: _text(_value(record, row_key, conversation.origin)) for key, row_key in spec.inputs.items()}
     if conversation.tools and "functions" not in inputs:
         inputs["functions"] = _text(list(conversation.tools))
+    if spec.assertions or "assertions" in inputs:
+        own = assertions.read(_value(record, spec.inputs["assertions"], conversation.origin), conversation.origin) \
+            if "assertions" in spec.inputs else []
+        inputs["assertions"] = assertions.as_json([*spec.assertions, *own])
+    if spec.system is not None:
+        question = [Message(role="system", content=spec.system),
+                    *(message for message in question if message.role != "system")]
     target = _value(record, spec.target, conversation.origin) if spec.target else _target(answer, conversation.tools)
     return Item(item_id=conversation.origin, cluster=cluster, messages=[message.as_dict() for message in question],
-                tools=list(conversation.tools), target=_text(target), inputs=inputs)
+                tools=list(conversation.tools), target=_references(target, spec), inputs=inputs,
+                stratum=_text(_value(record, spec.stratify_by, conversation.origin)) if spec.stratify_by else "")
+
+
+def _references(target: Any, spec: GenerateTask) -> str | list[str]:
+    """A target as metrics read it: a list of texts is several references, unless a metric reads values."""
+    several = isinstance(target, list) and target and all(isinstance(each, str) for each in target)
+    if several and not any(getattr(metrics.load(name), "STRUCTURED", False) for name in spec.metrics):
+        return target
+    return _text(target)
 
 
 def _target(answer: Message, tools: tuple[dict[str, Any], ...]) -> Any:
@@ -206,9 +227,14 @@ def _accepted(value: Any, schema: dict[str, Any]) -> Any:
 
 
 def _value(record: dict[str, Any], key: str, origin: str) -> Any:
-    if key not in record:
-        raise DataError(origin, f"the row has no '{key}', which the task reads", f"it has: {', '.join(record)}")
-    return record[key]
+    if key in record:
+        return record[key]
+    value: Any = record
+    for part in key.split("."):  # answers.text of SQuAD's rows
+        if not isinstance(value, dict) or part not in value:
+            raise DataError(origin, f"the row has no '{key}', which the task reads", f"it has: {', '.join(record)}")
+        value = value[part]
+    return value
 
 
 def _text(value: Any) -> str:

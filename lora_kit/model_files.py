@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lora_kit.errors import RefusedError
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "gguf_tokenizer.json",
@@ -67,3 +69,14 @@ def copy_config(config: dict[str, Any], source: Path, target: Path, dtype: str) 
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if (source / "generation_config.json").exists():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+
+
+def configured_stop_ids(folder: Path) -> set[int]:
+    """End-of-sequence ids in the generation_config.json of a model folder; empty without one."""
+    try:
+        ends = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except ValueError:
+        raise RefusedError(str(folder / "generation_config.json"), "is not JSON", "download the model again") from None
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

@@ -118,7 +118,8 @@ class Probes:
                 said = [(message["role"], _text_of(message.get("content"), message.get("tool_calls")))
                         for message in item.messages if message["role"] != "system"]
                 # The target of a call is a form that a metric reads, not what training would say.
-                self.add(task.name, item.item_id, said, "" if item.target.startswith(("[", "{")) else item.target)
+                target = item.target[0] if isinstance(item.target, list) else item.target
+                self.add(task.name, item.item_id, said, "" if target.startswith(("[", "{")) else target)
 
     def look(self, conversation: Conversation) -> tuple[str, ...]:
         """Compare one training row with every item; returns the groups with an item that it overlaps."""

@@ -17,8 +17,7 @@ from lora_kit import metrics
 from lora_kit.errors import RecipeError
 from lora_kit.report_document import Block, Cell, Document, Paragraph, Sample, Section, Table, Tone, Turn
 from lora_kit.scored import Key, Line, Scored, change_of, is_binary
-from lora_kit.stats import mean_interval, paired_difference
-from lora_kit.suite import LOSS
+from lora_kit.stats import corpus_difference, mean_interval, paired_difference
 from lora_kit.units import count_text, number_text
 
 FORMAT = 1
@@ -163,10 +162,12 @@ def _one_task(key: Key, a: Scored, b: Scored) -> tuple[dict[str, Any], dict[str,
         "b": mean_interval(after, clusters, weights=weights).mean, "difference": found.mean, "ci_low": found.ci_low,
         "ci_high": found.ci_high, "num_items": found.num_items, "num_clusters": found.num_clusters}
     corpus = _corpus(key[1])
-    if corpus and shared:
-        # Such a value is no mean of items, and no interval of items' means is one of it.
-        fields["a"], fields["b"] = (corpus([of[item].get("outcome") for item in shared]) for of in (of_a, of_b))
-        fields.update(difference=fields["b"] - fields["a"], ci_low=None, ci_high=None)
+    outcomes = [[of[item].get("outcome") for item in shared] for of in (of_a, of_b)]
+    if corpus and shared and all(outcome is not None for side in outcomes for outcome in side):
+        # Such a value is no mean of items.
+        found = corpus_difference(corpus, outcomes[1], outcomes[0], clusters)
+        fields.update(a=corpus(outcomes[0]), b=corpus(outcomes[1]), difference=found.mean, ci_low=found.ci_low,
+                      ci_high=found.ci_high)
     changed: dict[str, list[dict[str, Any]]] = {"better": [], "worse": [], "same": []}
     for item in shared:
         change = change_of(of_a[item]["score"], of_b[item]["score"], higher)
@@ -188,9 +189,10 @@ def _one_task(key: Key, a: Scored, b: Scored) -> tuple[dict[str, Any], dict[str,
 
 def _corpus(metric: str):
     """What makes the value of a corpus metric from items' outcomes; None for a metric whose value is a mean."""
-    if metric == LOSS or metric not in metrics.names():
+    try:
+        return getattr(metrics.load(metric), "corpus", None)
+    except RecipeError:  # held-out loss, or the metric of an items file from elsewhere
         return None
-    return getattr(metrics.load(metric), "corpus", None)
 
 
 def _answer(line: Line) -> dict[str, Any]:

@@ -210,8 +210,22 @@ def compare_with(run: Run, path: Path) -> Run:
         RefusedError: it is not a whole baseline.
     """
     baseline.read(path, str(path))
-    kept = [text for text in run.recipe_file.overrides if not text.startswith("eval.baseline=")]
-    overrides = [*kept, f"eval.baseline={json.dumps(str(path.resolve()))}"]
+    return _with(run, "eval.baseline", json.dumps(str(path.resolve())))
+
+
+def within(run: Run, budget: str) -> Run:
+    """The run with a time for its evaluation in its recipe, as by ``--set eval.budget=300s``.
+
+    Raises:
+        RecipeError: ``budget`` is no time.
+    """
+    return _with(run, "eval.budget", json.dumps(budget))
+
+
+def _with(run: Run, key: str, value: str) -> Run:
+    """The run with one key of its recipe set to ``value``, as YAML."""
+    kept = [text for text in run.recipe_file.overrides if not text.startswith(f"{key}=")]
+    overrides = [*kept, f"{key}={value}"]
     recipe_file = parse_recipe(run.recipe_file.text, run.recipe_file.path, overrides,
                                shown_as=str(run.path / "recipe.yaml"))
     resolved = {**run.resolved, "overrides": overrides,
@@ -261,7 +275,7 @@ def _fingerprint(stage: Stage, run: Run) -> str:
         parts["machine"] = run.resolved["machine"].get("cpu")
     if stage.name == "eval":
         # What only the dry run reads, and where the baseline lies, change no score; what the baseline says does.
-        for key in ("discordance", "baseline"):
+        for key in ("discordance", "baseline", "cache"):
             parts["sections"]["eval"].pop(key)
         parts["suite"] = suite.suite_of(run.recipe, run.recipe_file.folder).fingerprint()
         if run.recipe.eval.baseline and _baseline_path(run.recipe_file).is_file():

@@ -41,6 +41,16 @@ class Section(BaseModel):
     """Keys that a user may know from elsewhere -> what is to be said of them, and what to do."""
 
 
+def _as_seconds(value: Any) -> Any:
+    """``300s``, ``5m``, ``1.5h`` or a number as seconds."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", value)
+    if not found:
+        raise ValueError("should be a time such as 300s or 5m")
+    return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, None: 1}[found[2]]
+
+
 def _as_list(value: Any) -> Any:
     """A single entry where a list is meant: ``targets: all-linear`` is ``[all-linear]``."""
     return [value] if isinstance(value, (str, dict)) else value
@@ -377,6 +387,17 @@ class EvalSection(Section):
     """A baseline.lock (a path relative to the recipe), which roles then compare with in place of the base."""
     max_errors: Annotated[float, Field(ge=0, le=1), _NumberOnly] = 0.1
     """Largest share of a task's items that may fail without a score; more of them fail the evaluation itself."""
+    cache: bool = True
+    """Whether to keep what a model answers in the cache, and to look it up: by the content of its files, the engine,
+    the token ids asked, the settings and lora-kit's code, so that another model's answers are never found."""
+    budget: Annotated[
+        Annotated[float, Field(gt=0)] | None, BeforeValidator(_as_seconds),
+        WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"},
+                                  {"type": "string", "pattern": r"^\d+(\.\d+)?\s*(s|m|min|h)$"}]})
+    ] = None
+    """Time for the evaluation, in seconds or as `300s` or `5m`. Items are then scored in batches, in an order drawn by
+    the seed, until every gate is decided or the time is used up; what no gate is about is not scored. Default: all
+    items."""
     discordance: Fraction = 0.05
     """Share of items that flip between two equally good models: assumed by `lora-kit eval --dry-run` where no earlier
     scores tell it."""

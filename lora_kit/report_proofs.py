@@ -215,6 +215,10 @@ def _checks(scores: dict[str, Any]) -> list[Block]:
     if scores.get("clean"):
         blocks.append(Table(title="Without the items that overlap", columns=eval_checks.CLEAN_COLUMNS,
                             rows=eval_checks.clean_rows(scores["clean"], scores["scores"]), numeric=(2, 3, 4, 5, 6)))
+    if scores.get("clean_differences"):
+        blocks.append(Table(
+            title="Differences without these items", columns=eval_checks.DIFFERENCE_COLUMNS, numeric=(3, 4, 5, 6, 7),
+            rows=eval_checks.clean_difference_rows(scores["clean_differences"], scores["differences"])))
     return blocks
 
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from lora_kit import chat, items, metrics, template_check, tokens
-from lora_kit.engines import open_engine
+from lora_kit import chat, items, metrics, score_cache, template_check, tokens
+from lora_kit.engines import computes, open_engine
 from lora_kit.errors import DataError, MachineError, RecipeError
 from lora_kit.rundir import writing
 from lora_kit.suite import BITS, FEWSHOT, KINDS, LOSS, GenerateTask, HeldOutLossTask, TextTask
@@ -35,34 +36,45 @@ SAMPLED = ("base", "merged")
 def score_artifact(
     *, artifact: dict[str, Any], tasks: list[dict[str, Any]], data_dir: str, work_dir: str, tools_mode: str,
     samples: list[dict[str, Any]], sample_tokens: int, threads: int | None, limit: int | None, seed: int, strict: bool,
-    training: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None, only: dict[str, list[str]] | None = None,
+    cache: bool = False,
 ) -> dict[str, Any]:
     """Load ``artifact`` in this process and score it on every task.
 
     Args:
         tasks: ``{"name", "spec"}`` of each, in order.
-        work_dir: the stage's folder with ``items/``; ``<subject>/items.jsonl`` is written into it.
+        work_dir: the stage's folder with ``items/``; to ``<subject>/items.jsonl`` in it lines are added.
         samples: prompts (``messages``, ``tools``) that the base and the merged model answer.
         strict: raise when an engine is missing, in place of listing the task as not measured.
         training: the tokenizer of training as ``template_check.check`` takes it; None leaves that check out.
+        only: by task, the ids of the items to score, and no other task; None: all.
+        cache: look up what this artifact has answered before, and keep what it answers (``score_cache.py``).
 
     Returns:
         ``engines`` (task: engine's name), ``not_measured`` ([{artifact, task, why}]), ``samples``
-        ([{text, stopped, num_tokens} or {error}], or None) and ``check`` (of template, BOS and stop tokens, or None).
+        ([{text, stopped, num_tokens} or {error}], or None), ``check`` (of template, BOS and stop tokens, or None),
+        ``task_seconds`` (by task, what scoring took without loading) and ``num_known`` of ``num_asked`` (how many
+        answers were in the cache).
     """
-    subject = _Subject(Artifact(**artifact), tools_mode, threads)
-    work, found = Path(work_dir), {"engines": {}, "not_measured": [], "samples": None, "check": None}
+    subject = _Subject(Artifact(**artifact), tools_mode, threads, cache)
+    work, found = Path(work_dir), {"engines": {}, "not_measured": [], "samples": None, "check": None,
+                                   "task_seconds": {}}
+    tasks = [task for task in tasks if only is None or task["name"] in only]
     if training:
         found["check"] = template_check.check(subject.artifact, training)
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
     try:
         for task in tasks:
             name, spec = task["name"], KINDS[task["spec"]["kind"]].model_validate(task["spec"])
+            chosen = None if only is None else set(only[name])
+            started, loading = time.perf_counter(), subject.loading_seconds
             try:
                 if isinstance(spec, HeldOutLossTask):
-                    lines[subject.name] += subject.held_out_loss(name, Path(data_dir), limit, seed)
+                    lines[subject.name] += subject.held_out_loss(name, Path(data_dir), limit, seed, chosen)
                 else:
                     asked = json.loads((work / "items" / f"{name}.json").read_text(encoding="utf-8"))
+                    if chosen is not None:
+                        asked["items"] = [item for item in asked["items"] if item["item_id"] in chosen]
                     if isinstance(spec, TextTask):
                         lines[subject.name] += subject.texts(name, asked["items"])
                     else:
@@ -70,12 +82,14 @@ def score_artifact(
                     if subject.name == "base" and asked["examples"]:
                         lines[FEWSHOT] += subject.answers(name, spec, asked["items"], asked["examples"])
                 found["engines"][name] = subject.last_engine
+                found["task_seconds"][name] = (time.perf_counter() - started) - (subject.loading_seconds - loading)
             except MachineError as error:
                 if strict:
                     raise
                 found["not_measured"].append({"artifact": subject.name, "task": name, "why": str(error)})
         if subject.name in SAMPLED:
             found["samples"] = subject.samples(samples, sample_tokens)
+        found["num_known"], found["num_asked"] = subject.counts()
     finally:
         subject.close()
     with writing(work):
@@ -83,36 +97,51 @@ def score_artifact(
             if scored:
                 (work / name).mkdir(exist_ok=True)
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scored)
-                (work / name / "items.jsonl").write_text(text, encoding="utf-8")
+                with open(work / name / "items.jsonl", "a", encoding="utf-8") as file:
+                    file.write(text)
     return found
 
 
 class _Subject:
     """One artifact that answers; its engines are opened when a task first needs them."""
 
-    def __init__(self, artifact: Artifact, tools_mode: str, threads: int | None) -> None:
-        self.artifact, self.tools_mode, self.threads = artifact, tools_mode, threads
-        self.name, self.last_engine = artifact.name, ""
+    def __init__(self, artifact: Artifact, tools_mode: str, threads: int | None, cache: bool) -> None:
+        self.artifact, self.tools_mode, self.threads, self.cache = artifact, tools_mode, threads, cache
+        self.name, self.last_engine, self.loading_seconds = artifact.name, "", 0.0
         self._engines: dict[Any, Any] = {}
         self.max_tokens = _context_length(artifact)
 
     def engine(self, *, generates: bool):
         # Log-probabilities of a GGUF file can also be had without llama.cpp, from its dequantized weights.
         prefer = ("llamacpp", "hf") if self.artifact.kind == "gguf" and not generates else None
+        def opened():
+            started = time.perf_counter()
+            engine = open_engine(self.artifact, dtype="fastest", threads=self.threads, prefer=prefer)
+            self.loading_seconds += time.perf_counter() - started
+            return engine
+
         if prefer not in self._engines:
-            self._engines[prefer] = open_engine(
-                self.artifact, dtype="fastest", threads=self.threads, prefer=prefer)
+            self._engines[prefer] = opened() if not self.cache else score_cache.known(
+                self.artifact, computes(self.artifact, dtype="fastest", prefer=prefer), opened)
         self.last_engine = self._engines[prefer].name
         return self._engines[prefer]
+
+    def counts(self) -> tuple[int, int]:
+        """How many answers were known, of how many asked; nothing is looked up without the cache."""
+        engines = [engine for engine in self._engines.values() if isinstance(engine, score_cache.KnownEngine)]
+        return sum(engine.num_known for engine in engines), sum(engine.num_asked for engine in engines)
 
     def close(self) -> None:
         for engine in self._engines.values():
             engine.close()
 
-    def held_out_loss(self, task: str, data_dir: Path, limit: int | None, seed: int) -> list[dict[str, Any]]:
+    def held_out_loss(self, task: str, data_dir: Path, limit: int | None, seed: int, only: set[str] | None
+                      ) -> list[dict[str, Any]]:
         """Mean nats per trained token of each held-out row, weighted by its trained tokens."""
         examples = tokens.read_examples(data_dir, "held_out")
         chosen = items.draw(list(range(len(examples))), limit, f"{seed} {task}")
+        if only is not None:
+            chosen = [row for row in chosen if held_out_id(examples.origins[row], row) in only]
         if not chosen:
             return []
         engine, scored = self.engine(generates=False), []
@@ -120,7 +149,7 @@ class _Subject:
             example = examples[row]
             loss, num_trained = trained_loss(engine, example)
             error = "no trained token" if not num_trained else None if math.isfinite(loss) else f"the loss is {loss}"
-            score = ItemScore(item_id=f"{example.origin} [{row}]", score=None if error else loss / num_trained,
+            score = ItemScore(item_id=held_out_id(example.origin, row), score=None if error else loss / num_trained,
                               cluster=example.origin, reason=f"{num_trained} trained tokens", error=error,
                               prompt=engine.tokenizer.decode(example.tokens_T.tolist()))
             scored.append({"task": task, "metric": LOSS, **score.as_dict(), "weight": max(num_trained, 1)})
@@ -150,27 +179,31 @@ class _Subject:
         """A line for each metric and item: greedy answers, scored."""
         engine, prompts, errors = self.engine(generates=True), [], []
         for item in asked:
-            if examples:
+            if not spec.chat_template:
+                prompt, error = self._plain_prompt(engine, with_examples(item, examples), spec.max_new_tokens)
+            elif examples:
                 prompt, error = self._prompt(engine, with_examples(item, examples), [], spec.max_new_tokens, "system")
             else:
                 prompt, error = self._prompt(engine, item["messages"], item["tools"], spec.max_new_tokens)
             prompts.append(prompt)
             errors.append(error)
         fitting = [index for index, error in enumerate(errors) if error is None]
-        answers = engine.generate([prompts[index] for index in fitting], max_new_tokens=spec.max_new_tokens)
+        answers = engine.generate([prompts[index] for index in fitting], max_new_tokens=spec.max_new_tokens,
+                                  until=[spec.until] * len(fitting))
         generated, lines = dict(zip(fitting, answers, strict=True)), []
         for metric in spec.metrics:
             scores = score_all(metric, [answer.text for answer in answers], [asked[index] for index in fitting])
             scored = dict(zip(fitting, scores, strict=True))
             for index, item in enumerate(asked):
-                value, reason, error = scored.get(index, (None, "", errors[index]))
+                value = scored.get(index) or _unscored(errors[index])
                 answer = generated.get(index)
                 score = ItemScore(
-                    item_id=item["item_id"], score=value, cluster=item["cluster"], target=item["target"], reason=reason,
-                    error=error, prompt=engine.tokenizer.decode(prompts[index]),
+                    item_id=item["item_id"], score=value["score"], cluster=item["cluster"], target=item["target"],
+                    reason=value["reason"], error=value["error"], prompt=engine.tokenizer.decode(prompts[index]),
                     prediction=answer.text if answer else "")
                 lines.append({"task": task, "metric": metric, **score.as_dict(), "weight": 1,
-                              "stopped": answer.stopped if answer else None})
+                              "stopped": answer.stopped if answer else None,
+                              **({"outcome": value["outcome"]} if "outcome" in value else {})})
         return lines
 
     def samples(self, asked: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
@@ -198,9 +231,22 @@ class _Subject:
             if any(name not in text for name in items.function_names(tools)):
                 raise RecipeError("data.tools", "the model's chat template ignores tools, so no answer could call one",
                                   "set data.tools: system, which puts them into the system message")
-        if self.max_tokens and len(ids) + new_tokens > self.max_tokens:
-            return ids, f"a prompt of {len(ids)} tokens and {new_tokens} new ones do not fit into {self.max_tokens}"
-        return ids, None
+        return ids, self._why_too_long(ids, new_tokens)
+
+    def _plain_prompt(self, engine, messages: list[dict], new_tokens: int) -> tuple[list[int], str | None]:
+        """Token ids of the messages' texts without any template, with what the tokenizer itself begins a text with."""
+        ids = engine.tokenizer("\n\n".join(message["content"] or "" for message in messages))["input_ids"]
+        return list(ids), self._why_too_long(ids, new_tokens)
+
+    def _why_too_long(self, ids: list[int], new_tokens: int) -> str | None:
+        if not self.max_tokens or len(ids) + new_tokens <= self.max_tokens:
+            return None
+        return f"a prompt of {len(ids)} tokens and {new_tokens} new ones do not fit into {self.max_tokens}"
+
+
+def held_out_id(origin: str, row: int) -> str:
+    """What an item of a ``held_out_loss`` task is called: one conversation may have become several rows."""
+    return f"{origin} [{row}]"
 
 
 def with_examples(item: dict[str, Any], examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,38 +282,49 @@ def trained_loss(engine, example: Example) -> tuple[float, int]:
     return -float(chosen_K.sum(dtype=numpy.float64)), len(positions_K)
 
 
-def score_all(
-    name: str, predictions: list[str], asked: list[dict[str, Any]]
-) -> list[tuple[float | None, str, str | None]]:
-    """``(score, reason, error)`` of each prediction by the metric ``name``; an error where an item cannot be scored.
+def score_all(name: str, predictions: list[str], asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``score``, ``reason``, ``error`` (where an item cannot be scored) and, of a corpus metric, ``outcome``.
 
     Args:
-        asked: the items, each with ``target`` and ``inputs`` as texts.
+        name: the metric.
+        asked: the items, each with ``target`` (a text, or several references) and ``inputs`` as texts.
     """
     if not predictions:
         return []
     metric = metrics.load(name)
-    built = metric.build()
-    inputs = [key for key in built.features if key not in ("predictions", "references")]
+    inputs = metrics.inputs_of(metric)
     ready = [index for index, item in enumerate(asked) if all(key in item["inputs"] for key in inputs)]
-    found: list[tuple[float | None, str, str | None]]
-    found = [(None, "", f"metric {name} needs {', '.join(inputs)}")] * len(asked)
+    found = [_unscored(f"metric {name} needs {', '.join(inputs)}")] * len(asked)
     if not ready:
         return found
+    targets = [asked[index]["target"] for index in ready]
+    if any(isinstance(target, list) for target in targets):  # a column of evaluate has one type
+        targets = [target if isinstance(target, list) else [target] for target in targets]
     columns = {key: [asked[index]["inputs"][key] for index in ready] for key in inputs}
     try:
-        computed = built.compute(predictions=[predictions[index] for index in ready],
-                                 references=[asked[index]["target"] for index in ready], **columns)
-        for index, value, reason in zip(ready, computed["item_scores"], computed["reasons"], strict=True):
-            found[index] = (value, reason, None)
+        computed = metric.build().compute(predictions=[predictions[index] for index in ready], references=targets,
+                                          **columns)
+        outcomes = computed.get("outcomes") or [None] * len(ready)
+        for index, *scored in zip(ready, computed["item_scores"], computed["reasons"], outcomes, strict=True):
+            found[index] = _scored(*scored)
     except DataError:  # some target cannot be scored against: the others can
-        for index in ready:
+        for index, target in zip(ready, targets, strict=True):
             given = {key: asked[index]["inputs"][key] for key in inputs}
             try:
-                found[index] = (*metric.score(predictions[index], asked[index]["target"], **given), None)
+                value, reason = metrics.score_item(metric, predictions[index], target, **given)
+                outcome = metric.outcome(predictions[index], target) if hasattr(metric, "corpus") else None
+                found[index] = _scored(value, reason, outcome)
             except DataError as error:
-                found[index] = (None, "", str(error))
+                found[index] = _unscored(str(error))
     return found
+
+
+def _scored(score: float, reason: str, outcome: Any) -> dict[str, Any]:
+    return {"score": score, "reason": reason, "error": None} | ({} if outcome is None else {"outcome": outcome})
+
+
+def _unscored(error: str) -> dict[str, Any]:
+    return {"score": None, "reason": "", "error": error}
 
 
 def _context_length(artifact: Artifact) -> int | None:

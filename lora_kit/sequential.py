@@ -16,7 +16,7 @@ random order is. Torch-free; reads and writes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 _POINTS = 1201
@@ -42,6 +42,20 @@ def levels(shares: Sequence[float], alpha: float) -> list[float]:
         alpha: one-sided level of all looks together.
     """
     return [_phi(-z) for z in boundaries(tuple(shares), alpha)]
+
+
+def times(shares: Sequence[float], alpha: float) -> Callable[[int], float]:
+    """What Holm's method multiplies a p-value with at the last of these looks, by the number of claims left.
+
+    One look at everything gives that number itself. Else a claim among ``left`` has alpha / left to spend over its
+    looks, and the p-value is multiplied with what makes the level of this look alpha. Claims decided at an
+    earlier look stay decided (Glimm, Maurer & Bretz, Statistics in Medicine 29, 2010: each hypothesis of a closed test
+    keeps its own boundary).
+    """
+    if tuple(shares) == (1.0,):
+        return float
+    # No p-value is small enough for a look at which nothing is spent yet.
+    return lambda left: min(alpha / max(levels(shares, alpha / left)[-1], 1e-300), 1e300)
 
 
 @lru_cache(maxsize=256)

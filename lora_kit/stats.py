@@ -136,12 +136,16 @@ def corpus_difference(
         lambda items: corpus([a[item] for item in items]) - corpus([b[item] for item in items]), clusters, level))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the given order: claim those at most alpha, and any is wrong with at most alpha."""
+def holm(p_values: Sequence[float], times: Callable[[int], float] = float) -> list[float]:
+    """Holm's adjusted p-values, in the given order: claim those at most alpha, and any is wrong with at most alpha.
+
+    Args:
+        times: by what a p-value is multiplied while that many claims are left, their number where one looks once.
+    """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, largest = [1.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        largest = max(largest, min(1.0, times(len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from lora_kit import metrics, shipped, yaml_file
+from lora_kit.assertions import Assertion
 from lora_kit.claims import BASELINE, Gate, Role, problems_with_gate, problems_with_role
 from lora_kit.claims import FEWSHOT as FEWSHOT
 from lora_kit.errors import LoraKitError, RecipeError
@@ -73,16 +73,29 @@ class GenerateTask(Section):
     data: Annotated[TaskSource, BeforeValidator(_as_source)]
     """The rows: `held_out`, or a source with its format."""
     target: str | None = None
-    """Key of the row that metrics compare with. Default: the last assistant turn, its text or its tool calls."""
+    """Key of the row that metrics compare with (`answers.text`: a key within it); a list of texts is several
+    references. Default: the last assistant turn, its text or its tool calls."""
     inputs: dict[str, str] = {}
     """Further inputs of the metrics: their name and the key of the row that holds them. Without an entry,
     `functions` are the tools offered."""
     metrics: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
-    """Names of `lora_kit/metrics/`; the first is what a gate means that names none."""
+    """Names of `lora_kit/metrics/` or of your own modules (see `docs/eval.md`); the first is what a gate means that
+    names none."""
     max_new_tokens: Count = 128
     """Longest answer, in tokens."""
+    until: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = []
+    """Texts that end an answer; it ends before the first of them, as it does before a stop token."""
+    system: str | None = None
+    """System message of every prompt, in place of the row's own."""
+    chat_template: bool = True
+    """`false`: the prompt is the plain text of the messages, a blank line between them, as base models want it."""
+    assertions: Annotated[list[Assertion], BeforeValidator(_as_list)] = []
+    """What must hold of every answer, for the metric `all_assertions`; a row's own come on top, by
+    `inputs: {assertions: KEY}`."""
     cluster_by: Literal["item", "function"] = "item"
     """What is independent: items, or the functions that they ask for."""
+    stratify_by: str | None = None
+    """Key of the row that says what kind of item it is: under `eval.budget` each batch has its share of every kind."""
     leave_out: Annotated[list[Literal["functions_in_training"]], BeforeValidator(_as_list)] = []
     """`functions_in_training`: items that offer a function which the training rows offer too."""
     num_fewshot: Annotated[int, Field(ge=0)] = 0
@@ -145,7 +158,9 @@ class Task:
 
     def unit(self, metric: str) -> str:
         """Unit or range of the values of ``metric``."""
-        return {LOSS: "nats per trained token", BITS: "bits per byte"}.get(metric, "0 to 1")
+        named = {LOSS: "nats per trained token", BITS: "bits per byte"}
+        return named.get(metric) or getattr(metrics.load(metric), "UNIT", "0 to 1")
+
     def corpus(self, metric: str) -> Callable[[Sequence[Any]], float] | None:
         """What makes the value of ``metric`` from items' outcomes; None where the value is the mean of their scores."""
         return None if metric in (LOSS, BITS) else getattr(metrics.load(metric), "corpus", None)
@@ -173,6 +188,7 @@ class Suite:
         parts: list[Any] = [gate.model_dump(mode="json") for gate in self.gates]
         for task in self.tasks:
             parts.append([task.name, task.spec.model_dump(mode="json")])
+            parts += [metrics.own_sha256(name) for name in getattr(task.spec, "metrics", ())]
             own = not isinstance(task.spec, HeldOutLossTask)
             path = task.folder / task.spec.data.source if own else task.folder
             parts.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
@@ -296,21 +312,26 @@ def _problems_with_metrics(spec: GenerateTask, values: dict, places: yaml_file.P
     for index, name in enumerate(spec.metrics):
         where = places.of(("metrics", index) if isinstance(values["metrics"], list) else ("metrics",))
         try:
-            score = metrics.load(name).score
+            metric = metrics.load(name)
         except RecipeError as error:
-            problems.append(RecipeError(where, f"there is no metric '{name}'", error.todo))
+            unknown = error.where.startswith("metric ")
+            what = f"there is no metric '{name}'" if unknown else f"{error.where}: {error.what}"
+            problems.append(RecipeError(where, what, error.todo))
             continue
         if name in spec.metrics[:index]:
             problems.append(RecipeError(where, f"metric '{name}' stands twice", "remove one of them"))
-        wanted = [key for key, parameter in inspect.signature(score).parameters.items()
-                  if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty]
+        wanted = metrics.inputs_of(metric)
         needed.update(wanted)
         for key in wanted:
-            if key != "functions" and key not in spec.inputs:
+            if key not in spec.inputs and key != "functions" and not (key == "assertions" and spec.assertions):
                 problems.append(RecipeError(where, f"metric '{name}' needs inputs.{key}",
-                                            "say which key of the row holds it"))
+                                            "say which key of the row holds it"
+                                            + (", or write assertions" if key == "assertions" else "")))
+    if spec.assertions and "assertions" not in needed:
+        problems.append(RecipeError(places.of(("assertions",)), "'assertions' has no effect: no metric here reads them",
+                                    "add all_assertions to metrics"))
     if spec.data.source == "held_out":
-        for key in ("target", "inputs"):
+        for key in ("target", "inputs", "stratify_by"):
             if getattr(spec, key):
                 problems.append(RecipeError(places.of((key,)), f"'{key}' has no effect: held-out rows are kept as "
                                             "conversations, without their keys", "remove it"))

@@ -17,6 +17,7 @@ from typing import Any
 from lora_kit import chat
 from lora_kit.errors import LoraKitError
 from lora_kit.model import tokenizer_sha256
+from lora_kit.model_files import configured_stop_ids
 from lora_kit.types import Artifact
 
 CLAIM = "chat template, BOS and stop tokens are those of training"
@@ -28,8 +29,9 @@ def check(artifact: Artifact, training: dict[str, Any]) -> dict[str, str]:
     """Compare what ``artifact`` carries with what training used.
 
     Args:
-        training: ``tokenizer``, the folder of the training's tokenizer, and ``content``, the SHA-256 that the run
-            recorded of it (None where it recorded none).
+        training: ``tokenizer``, the folder of the training's tokenizer, ``content``, the SHA-256 that the run
+            recorded of it (None where it recorded none), and ``model``, the folder of the base that was trained, whose
+            generation_config.json may name further stop tokens (absent: the tokenizer's folder).
 
     Returns:
         ``artifact``, ``outcome`` (PASS or FAIL) and ``evidence``.
@@ -40,8 +42,8 @@ def check(artifact: Artifact, training: dict[str, Any]) -> dict[str, str]:
         problems = []
         if training.get("content") and tokenizer_sha256(folder) != training["content"]:
             problems.append(f"the tokenizer that training used has changed since ({folder})")
-        expected = traits(folder)
-        found = expected if own.resolve() == folder.resolve() else traits(own)
+        expected = traits(folder, Path(training.get("model") or folder))
+        found = traits(own, Path(artifact.base if artifact.kind == "adapter" else artifact.path))
         problems += _differences(found, expected, str(own))
         if artifact.kind == "gguf":
             problems += _gguf_differences(Path(artifact.path), expected)
@@ -52,10 +54,15 @@ def check(artifact: Artifact, training: dict[str, Any]) -> dict[str, str]:
     return {"artifact": artifact.name, "outcome": "FAIL" if problems else "PASS", "evidence": evidence}
 
 
-def traits(folder: Path) -> dict[str, Any]:
-    """What decides how a model is asked: hash of the template, BOS, stop tokens, and the ids of two fixed texts."""
+def traits(folder: Path, model: Path) -> dict[str, Any]:
+    """What decides how a model is asked: hash of the template, BOS, stop tokens, and the ids of two fixed texts.
+
+    Args:
+        folder: of the tokenizer.
+        model: of the weights, whose generation_config.json may name stop tokens too, as engines read it.
+    """
     tokenizer = chat.load_tokenizer(folder)
-    stops = chat.stop_token_ids(tokenizer)
+    stops = sorted({*chat.stop_token_ids(tokenizer), *configured_stop_ids(folder), *configured_stop_ids(model)})
     return {
         "template": chat.template_sha256(tokenizer), "is_text": isinstance(tokenizer.chat_template, str),
         "bos": tokenizer.bos_token_id,

@@ -149,14 +149,15 @@ class BenchPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemScore:
-    """One item's score; ``error`` set means that it has none (never a zero)."""
+    """One item's score; ``error`` set means that it has none (never a zero). ``target``: a text, or several references.
+    """
 
     item_id: str
     score: float | None
     cluster: str
     prompt: str = ""
     prediction: str = ""
-    target: str = ""
+    target: str | list[str] = ""
     reason: str = ""
     error: str | None = None
 

@@ -202,7 +202,8 @@ def _eval(folder: Path, num_steps: int, text: str) -> dict:
         "overlap": {"held_out": {"num_items": 64, "num_overlapping": 3, "items": [f"d.jsonl:9 {text}", "d.jsonl:10",
                                                                                  "d.jsonl:12"], "why_not": ""},
                     "other": {"num_items": None, "num_overlapping": None, "items": [], "why_not": f"older {text}"}},
-        "clean": [{**score(name, 3.9), "num_items": 61} for name in ("base", "merged")]})
+        "clean": [{**score(name, 3.9), "num_items": 61} for name in ("base", "merged")],
+        "clean_differences": [{**difference("merged", -0.3), "num_items": 61}]})
     _json(folder / "samples.json", {"format": 1, "samples": [
         {"origin": f"d.jsonl:9 {text}", "messages": [{"role": "user", "content": f"How are you? {text}"}],
          "tools": [], "reference": f"Fine, thanks. {text}",

@@ -21,7 +21,10 @@ PACKAGE = ROOT / "lora_kit"
 
 LEVELS = {
     0: "errors units",
-    1: "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
+    1: "ci_files "
+       "budget "
+       "assertions "
+       "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
        "metrics records rows spool prepared selection ledger overlap schedule tool_calls model_files suite items gates "
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
        "report_proofs scored paired report_items junit eval_checks intervals claims comparison power sequential "
@@ -30,7 +33,8 @@ LEVELS = {
        "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check libraries optimizer trackers template_check "
        "shares processes training_model training_log resume divergence stop_signals",
-    3: "engines quantizers certificate scoring stop_rate baseline",
+    3: "score_cache "
+       "engines quantizers certificate scoring stop_rate baseline",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight",
     5: "pipeline terminal",
     6: "cli lora_kit",

@@ -319,6 +319,18 @@ def test_a_baseline_is_written_from_a_finished_run_and_compared_with(world, no_t
         world, "eval", world.run, "--baseline", "baseline.lock", code=7, PYTHONPATH=no_torch)
 
 
+def test_a_budget_ends_the_evaluation_when_the_gates_are_decided(world):
+    (world.folder / "suite.yaml").write_text(
+        "tasks: [held_out_loss]\nroles: {task: held_out_loss, role: retain, margin: 0.01}\n")
+    done = world.lora_kit("run", "tiny.yaml", "--set", "eval.suite=./suite.yaml", "--set", 'quantize=[]')
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = ok(world, "eval", world.run, "--budget", "5m")
+    assert any("look 1 of at most" in line and "8 of 8 items" in line for line in lines)
+    scores = json.loads((world.run / "eval" / "scores.json").read_text())
+    assert scores["budget"]["stopped"] == "every gate is decided"
+    assert "should be a time such as 300s or 5m" in refused(world, "eval", world.run, "--budget", "soon", code=2)
+
+
 # ---- one artifact ----------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lora_kit import eval_checks, pipeline
+from lora_kit import eval_checks, gates, pipeline
+from lora_kit.metrics import mcc
 from lora_kit.suite import GenerateTask, HeldOutLossTask, Suite, Task
 from tests import tiny_run
 from tests.scored_on_paper import line
@@ -76,10 +77,28 @@ def test_what_was_not_counted_is_not_zero(suite, tmp_path):
     assert eval_checks.clean_scores(found, SCORED, {}) == []
 
 
-def test_a_value_that_is_no_mean_has_no_clean_mean():
+def test_a_corpus_metric_has_its_own_value_on_the_clean_items():
     overlap = {"answers": {"items": ["rows.jsonl:1"]}}
-    scored = {"merged": {("answers", "mcc"): [line(n, 1, metric="mcc", outcome=["a", "a"]) for n in range(4)]}}
-    assert eval_checks.clean_scores(overlap, scored, {("answers", "mcc"): True}) == []
+    labels = [["a", "a"], ["b", "a"], ["b", "b"], ["a", "b"], ["b", "b"]]
+    scored = {"merged": {("answers", "mcc"): [line(n, 1, metric="mcc", outcome=of) for n, of in enumerate(labels)]}}
+    key = ("answers", "mcc")
+    [clean] = eval_checks.clean_scores(overlap, scored, {key: True}, {key: mcc.corpus})
+    assert clean["num_items"] == 4 and clean["value"] == pytest.approx(mcc.corpus([labels[0], *labels[2:]]))
+
+
+def test_differences_on_clean_items_stand_beside_those_on_all():
+    """Base and merged differ by the one item that training had, and by nothing else."""
+    overlap = {"answers": {"items": ["rows.jsonl:1"]}, "held": {"items": []}}
+    key, other = ("answers", "exact_match"), ("held", "exact_match")
+    scored = {"base": {key: [line(n, n % 2 and n != 1) for n in range(10)], other: [line(1, 0, task="held")]},
+              "merged": {key: [line(n, n % 2) for n in range(10)], other: [line(1, 1, task="held")]}}
+    whole = [gates.difference(scored["merged"][of], scored["base"][of], task=of[0], metric=of[1], artifact="merged",
+                              baseline="base", higher_is_better=True) for of in (key, other)]
+    [clean] = eval_checks.clean_differences(overlap, scored, whole)
+    assert whole[0]["difference"] == pytest.approx(0.1) and clean["difference"] == 0.0
+    assert (clean["num_items"], clean["artifact"], clean["baseline"]) == (9, "merged", "base") and clean["ci_low"] <= 0
+    [row] = eval_checks.clean_difference_rows([clean], whole)
+    assert row[:6] == ("answers exact_match", "merged", "base", "0.1", "10", "0") and row[7] == "9"
 
 
 def test_a_training_row_that_is_an_item_is_found_and_the_rest_scored(tiny_model, tmp_path, monkeypatch):
@@ -109,5 +128,7 @@ def test_a_training_row_that_is_an_item_is_found_and_the_rest_scored(tiny_model,
     about = scores["overlap"]["own"]
     assert (about["num_items"], about["num_overlapping"]) == (8, 2), about
     assert {(each["artifact"], each["num_items"]) for each in scores["clean"]} == {("base", 6), ("merged", 6)}
+    assert [(each["artifact"], each["baseline"], each["num_items"]) for each in scores["clean_differences"]] == [
+        ("merged", "base", 6)]
     assert [(check["artifact"], check["outcome"]) for check in scores["checks"]] == [
         ("base", "PASS"), ("merged", "PASS")]

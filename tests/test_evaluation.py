@@ -90,7 +90,12 @@ def make_run(folder: Path, artifacts: dict[str, Artifact], base: Path) -> FakeRu
 
 def recipe(**fields) -> Recipe:
     return Recipe(name="r", model={"base": "b"}, data={"train": {"source": "train.jsonl", "format": "messages"}},
-                  eval={"samples": 2, "sample_tokens": 5, "threads": 1, **fields})
+                  eval={"samples": 2, "sample_tokens": 5, "threads": 1, "cache": False, **fields})
+
+
+def artifacts_of(base: Path, merged: Path) -> dict[str, Artifact]:
+    return {"base": Artifact(name="base", path=str(base), kind="hf"),
+            "merged": Artifact(name="merged", path=str(merged), kind="hf")}
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +264,8 @@ def again(scored, tmp_path, monkeypatch):
         called.append(name)
         (Path(arguments["work_dir"]) / name).mkdir()
         shutil.copy(scored.work / name / "items.jsonl", Path(arguments["work_dir"]) / name)
-        value = {"engines": {}, "not_measured": [], "samples": None, "check": None}
+        value = {"engines": {}, "not_measured": [], "samples": None, "check": None, "task_seconds": {}, "num_known": 0,
+                 "num_asked": 0}
         return isolate.Isolated(value=value, seconds=1.0, peak_memory_bytes=1)
 
     monkeypatch.setattr(isolate, "call", call)
@@ -326,3 +332,58 @@ def test_flips_are_told_stage_by_stage(scored):
     assert (exact["num_better"], exact["num_worse"], exact["is_binary"]) == (8, 0, True)
     tables = [event for event in scored.told if isinstance(event, events.Table)]
     assert [table.title for table in tables] == ["Scores", "Items that changed, stage by stage"]
+
+
+def within_budget(tmp_path, tiny_model, scored, monkeypatch, suite, **fields):
+    """The stage with its calls made in this process; the result and scores.json."""
+    run = make_run(tmp_path, artifacts_of(tiny_model, Path(scored.run.artifact("merged").path)), tiny_model)
+    (tmp_path / "mine" / "suites" / "own.yaml").write_text(suite)
+    calls = []
+
+    def call(function, arguments, **options):
+        calls.append((arguments["artifact"]["name"], arguments["only"]))
+        return call_here(function, arguments, **options)
+
+    monkeypatch.setattr(isolate, "call", call)
+    result = evaluation.stage(recipe(suite="mine/suites/own.yaml", **fields), run)
+    lines = {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
+             for path in run.work("eval").glob("*/items.jsonl")}
+    return result, json.loads((run.work("eval") / "scores.json").read_text()), lines, calls
+
+
+def test_a_budget_stops_at_the_look_that_decides_and_counts_what_was_scored(tmp_path, tiny_model, scored, monkeypatch):
+    """The merged model is so much better that fewer than all of forty rows show it."""
+    from tests import test_evaluation
+
+    monkeypatch.setattr(test_evaluation, "CONVERSATIONS", [
+        Conversation(messages=each.messages, origin=f"rows.jsonl:{place}")
+        for place, each in enumerate(CONVERSATIONS * 5)])
+    suite = "tasks: [loss, answers]\ngates:\n  - {task: loss, better_than: base}\n"
+    result, scores, lines, calls = within_budget(tmp_path, tiny_model, scored, monkeypatch, suite, budget="10m")
+    assert [verdict.outcome for verdict in result.verdicts] == ["PASS"]
+    assert scores["budget"]["stopped"] == "every gate is decided"
+    counted = scores["budget"]["looks"][-1]["num_items"]["loss"]
+    assert 8 <= counted < 40 and set(scores["budget"]["looks"][-1]["num_items"]) == {"loss"}
+    for name in ("base", "merged"):
+        assert len(lines[name]) == len({line["item_id"] for line in lines[name]}) == counted
+        assert {line["task"] for line in lines[name]} == {"loss"}
+    assert {score["num_items"] for score in scores["scores"]} == {counted}
+    assert f"{counted} items in" in result.verdicts[0].evidence
+    assert {"artifact": "base", "task": "answers", "why": "no gate is about it, and the time is limited"} in \
+        scores["not_measured"]
+    # Every batch is asked of both, and none of it twice.
+    for name in ("base", "merged"):
+        asked = [item for who, only in calls if who == name for item in only["loss"]]
+        assert sorted(asked) == sorted(line["item_id"] for line in lines[name])
+
+
+def test_a_budget_that_is_too_short_still_says_what_it_found(tmp_path, tiny_model, scored, monkeypatch):
+    suite = "tasks: [loss]\ngates:\n  - {task: loss, no_worse_than: base, margin: 0.1}\n"
+    result, scores, *_ = within_budget(tmp_path, tiny_model, scored, monkeypatch, suite, budget=0.001)
+    assert scores["budget"]["looks"][0]["num_items"] == {"loss": 8} and len(scores["budget"]["looks"]) == 1
+    assert result.verdicts[0].outcome == "PASS"  # all eight rows are the first batch
+
+
+def test_a_budget_without_gates_is_an_error(tmp_path, tiny_model, scored, monkeypatch):
+    with pytest.raises(RecipeError, match="eval.budget: has no effect: the suite claims nothing"):
+        within_budget(tmp_path, tiny_model, scored, monkeypatch, "tasks: [loss]\n", budget=10)

@@ -135,6 +135,32 @@ def test_of_several_gates_holm_holds_the_level():
     assert verdicts[0].evidence.endswith("; p 0.018 over 2 gates (Holm)")
 
 
+def test_an_early_look_asks_for_more_and_what_it_decides_stays():
+    base, tuned = binary(100), lines([0.0] * 4 + [1.0] * 96 + [1.0] * 14 + [0.0] * 86)  # p 0.009
+    found = gates.evidence(tuned, base, BETTER, higher_is_better=True)
+    (early,) = gates.decide([BETTER], [found], shares=[0.25])
+    assert early.outcome == "INCONCLUSIVE" and "; look 1" not in early.evidence
+    (second,) = gates.decide([BETTER], [found], shares=[0.25, 0.5])
+    assert second.outcome == "INCONCLUSIVE" and "; look 2, at 50 % of the items planned" in second.evidence
+    (last,) = gates.decide([BETTER], [found], shares=[0.25, 0.5, 0.75, 1.0])
+    assert last.outcome == "PASS" and "; look 4, at 100 %" in last.evidence
+    # What was decided stays, word for word, whatever is found later.
+    worse = gates.evidence(base, tuned, BETTER, higher_is_better=True)
+    assert gates.decide([BETTER], [worse], shares=[0.5, 1.0], decided={0: last}) == [last]
+    assert gates.decide([BETTER], [worse], shares=[0.5, 1.0])[0].outcome == "FAIL"
+
+
+def test_a_claim_that_an_earlier_look_decided_leaves_its_share_of_the_level_to_the_others():
+    base, tuned = binary(100), lines([0.0] * 4 + [1.0] * 96 + [1.0] * 14 + [0.0] * 86)
+    found = gates.evidence(tuned, base, BETTER, higher_is_better=True)
+    nothing = gates.evidence(base, base, BETTER, higher_is_better=True)
+    together = gates.decide([BETTER] * 3, [nothing, nothing, found], shares=[0.5, 1.0])
+    assert [each.outcome for each in together] == ["INCONCLUSIVE"] * 3
+    passed = gates.decide([BETTER], [found])[0]
+    kept = gates.decide([BETTER] * 3, [nothing, nothing, found], shares=[0.5, 1.0], decided={0: passed, 1: passed})
+    assert [each.outcome for each in kept] == ["PASS"] * 3
+
+
 def test_flips_by_stage():
     earlier = lines([1.0, 1.0, 0.0, 0.0, 1.0, None])
     later = lines([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])

@@ -182,3 +182,39 @@ def first_right_answer(item) -> str:
 
     [(name, arguments)] = first_answer(json.loads(item.target), json.loads(item.inputs["functions"]))
     return json.dumps({"name": name, "arguments": arguments})
+
+
+def test_a_system_message_stands_in_place_of_the_rows_own(folder):
+    found = make(folder, dict(data="test.jsonl", metrics="tool_call", system="call a function"))
+    for item in found.items:
+        assert [message["role"] for message in item.messages] == ["system", "user"]
+        assert item.messages[0]["content"] == "call a function"
+
+
+def question(answers, **fields) -> dict:
+    return {"prompt": "q", "completion": "a", "answers": answers, **fields}
+
+
+def write(folder, *entries):
+    (folder / "questions.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def test_a_list_of_texts_is_several_references_unless_values_are_compared(folder):
+    write(folder, question({"text": ["a", "an a"], "start": [1]}), question({"text": ["b"]}))
+    spec = dict(data="questions.jsonl", target="answers.text")
+    assert [item.target for item in make(folder, spec | {"metrics": "squad_em"}).items] == [["a", "an a"], ["b"]]
+    assert [item.target for item in make(folder, spec | {"metrics": "json_match"}).items] == ['["a", "an a"]', '["b"]']
+    with pytest.raises(DataError, match="the row has no 'answers.label', which the task reads; it has: prompt"):
+        make(folder, spec | {"metrics": "squad_em", "target": "answers.label"})
+
+
+def test_assertions_of_the_task_and_of_the_row_come_together(folder):
+    write(folder, question([], check=[{"contains": "a"}]), question([], check={"max_words": 3}))
+    spec = dict(data="questions.jsonl", metrics="all_assertions", assertions=[{"max_chars": 9}])
+    assert [json.loads(item.inputs["assertions"]) for item in make(folder, spec).items] == [[{"max_chars": 9}]] * 2
+    spec["inputs"] = {"assertions": "check"}
+    assert [json.loads(item.inputs["assertions"]) for item in make(folder, spec).items] == [
+        [{"max_chars": 9}, {"contains": ["a"]}], [{"max_chars": 9}, {"max_words": 3}]]
+    write(folder, question([], check=[{"contain": "a"}]))
+    with pytest.raises(DataError, match="assertion 0.contain"):
+        make(folder, spec)

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.real_model, pytest.mark.archives, pytest.mark.timeout(
 
 SHORT = ["train.steps=12", "train.eval_every=6", "train.learning_rate=2.0e-3", "data.train.0.limit=112",
          "data.held_out_rows=16", "data.max_tokens=256", "bench.prompt_tokens=16", "bench.new_tokens=8",
-         "bench.repeats=1", "eval.samples=1", "eval.sample_tokens=16"]
+         "bench.repeats=1", "eval.samples=1", "eval.sample_tokens=16", "eval.cache=false"]
 FORMS = ["bitsandbytes-int8", "bitsandbytes-nf4", "gguf-q8_0"]
 
 

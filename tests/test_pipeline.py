@@ -289,6 +289,16 @@ def test_a_baseline_counts_by_its_content_and_an_assumption_of_the_dry_run_not_a
         pipeline.write_baseline(run, world.folder / "three.lock")
 
 
+def test_a_time_for_the_evaluation_is_a_setting_of_it(world):
+    run = rundir.open_run(world.run)
+    limited = pipeline.within(run, "5m")
+    assert limited.recipe.eval.budget == 300.0 and pipeline.owed(limited) == ["eval"]
+    assert pipeline.within(limited, "10s").recipe_file.overrides[-1] == 'eval.budget="10s"'
+    with pytest.raises(RecipeError, match="eval.budget.*should be a time such as 300s or 5m"):
+        pipeline.within(limited, "soon")
+    assert pipeline.owed(pipeline.open_for(tiny_run.read(world.recipe), world.runs)) == []
+
+
 def test_folders_may_be_given_as_text(world):
     run = pipeline.run_recipe(tiny_run.read(world.recipe), runs_dir=str(world.runs))
     assert rundir.open_run(str(run.path)).path == world.run

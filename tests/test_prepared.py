@@ -68,7 +68,7 @@ def test_other_code_makes_other_data(folder, monkeypatch):
 
 
 _NO_TOKENS = {"claims", "errors", "events", "prepared", "recipe", "recipe_file", "rundir", "shipped", "sources",
-              "suite", "units", "yaml_file", "metrics"}
+              "suite", "units", "yaml_file", "metrics", "assertions"}
 """Modules that data.py imports and that decide no token: they name, resolve, report and store."""
 
 

@@ -176,9 +176,42 @@ def test_a_target_that_cannot_be_scored_leaves_the_others_scored():
              inputs={"functions": function}), item("3", "", target='[{"f": {}}]')]
     right = '{"name": "f", "arguments": {}}'
     found = scoring.score_all("tool_call", [right] * 3, asked)
-    assert found[0] == (1.0, "", None)
-    assert found[1][0] is None and "the target is not one call" in found[1][2]
-    assert found[2] == (None, "", "metric tool_call needs functions")
+    assert found[0] == {"score": 1.0, "reason": "", "error": None}
+    assert found[1]["score"] is None and "the target is not one call" in found[1]["error"]
+    assert found[2] == {"score": None, "reason": "", "error": "metric tool_call needs functions"}
+
+
+def test_several_references_and_outcomes_reach_the_metric():
+    asked = [item("1", "", target=["a cat", "a dog"]), item("2", "", target="a bird")]
+    found = scoring.score_all("squad_em", ["The dog!", "cat"], asked)
+    assert [each["score"] for each in found] == [1.0, 0.0] and "outcome" not in found[0]
+    found = scoring.score_all("mcc", [" yes\n", "no"], [item("1", "", target="yes"), item("2", "", target="yes")])
+    assert [each["outcome"] for each in found] == [["yes", "yes"], ["no", "yes"]]
+    found = scoring.score_all("mcc", ["yes", "no"], asked)  # two labels are no label: the other item still counts
+    assert found[0]["score"] is None and "takes one label" in found[0]["error"]
+    assert found[1]["outcome"] == ["no", "a bird"]
+
+
+def test_stop_strings_and_plain_prompts_reach_the_engine(artifact, tmp_path):
+    from lora_kit.engines import open_engine
+
+    with open_engine(artifact) as engine:
+        free = engine.generate([engine.tokenizer("be kind\n\nhi")["input_ids"]], max_new_tokens=6)[0]
+    asked = [item("1", "hi")]
+    asked[0]["messages"].insert(0, {"role": "system", "content": "be kind"})
+    _, lines = score(artifact, tmp_path, generate(chat_template=False, until=[free.text[1]]), asked)
+    (line,) = lines["merged"]
+    assert line["prompt"] == "be kind\n\nhi" and "<|im_start|>" not in line["prompt"]
+    assert line["prediction"] == free.text[:free.text.index(free.text[1])] and line["stopped"] is True
+
+
+def test_each_assertions_reason_is_in_the_items(artifact, tmp_path):
+    asked = [item("1", "hi", inputs={"assertions": '[{"min_words": 99}, {"max_chars": 1000}]'}), item("2", "hi")]
+    _, lines = score(artifact, tmp_path, generate("all_assertions", assertions=[{"min_words": 99}]), asked)
+    assert lines["merged"][0]["score"] == 0.0
+    assert lines["merged"][0]["reason"].startswith("min_words 99: has ")
+    assert lines["merged"][0]["reason"].endswith("; 1 of 2 hold")
+    assert lines["merged"][1]["error"] == "metric all_assertions needs assertions"
 
 
 def test_a_missing_engine_is_not_measured_unless_asked_for(artifact, data_dir, monkeypatch):

@@ -102,6 +102,10 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
      "4: 'target' has no effect: held-out rows are kept as conversations, without their keys; remove it"),
     ("kind: generate\ndata: {source: a.jsonl}\nmetrics: chrf\ninputs:\n  functions: f\n",
      "5: 'inputs.functions' has no effect: no metric here reads it; remove it"),
+    ("kind: generate\ndata: {source: a.jsonl}\nmetrics: all_assertions\n",
+     "3: metric 'all_assertions' needs inputs.assertions; say which key of the row holds it, or write assertions"),
+    ("kind: generate\ndata: {source: a.jsonl}\nmetrics: chrf\nassertions: [{contains: a}]\n",
+     "4: 'assertions' has no effect: no metric here reads them; add all_assertions to metrics"),
     ("kind: generate\ndata: {source: a.jsonl, sha: 3}\nmetrics: chrf\n",
      "2: unknown key 'data.sha'; did you mean 'sha256'?"),
 ])
@@ -214,3 +218,18 @@ def test_mistakes_in_roles(tmp_path):
         "suites/mine.yaml:7: the role's task 'anwsers' is not among the suite's; did you mean 'answers'?",
         "suites/mine.yaml:7: the gate compares base with itself; name another",
     ]
+
+
+def test_the_fingerprint_follows_a_users_own_metric(tmp_path, monkeypatch):
+    (tmp_path / "metrics").mkdir()
+    module = tmp_path / "metrics" / "mine.py"
+    module.write_text("HIGHER_IS_BETTER = False\n")
+    monkeypatch.setenv("LORA_KIT_METRICS", str(tmp_path / "metrics"))
+    path = write(tmp_path, "tasks: answers\n", answers="kind: generate\ndata: {source: rows.jsonl}\nmetrics: mine\n")
+    suite = read_suite(str(path), Path("."))
+    assert suite.tasks[0].higher_is_better("mine") is False
+    before = suite.fingerprint()
+    module.write_text("HIGHER_IS_BETTER = False\n# another\n")
+    assert read_suite(str(path), Path(".")).fingerprint() != before
+    module.write_text("\n")
+    assert f"{module}: does not say whether more of it is better" in problems(path)[0]

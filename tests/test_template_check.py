@@ -45,6 +45,20 @@ def test_other_special_tokens_fail_by_name(tiny_model, tmp_path, key, value, nam
     assert found["outcome"] == "FAIL" and named in found["evidence"]
 
 
+def test_stop_tokens_of_the_generation_config_count(tiny_model, tmp_path):
+    save_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    found = check(tmp_path, tiny_model)
+    assert found["outcome"] == "FAIL"
+    assert "the stop tokens of" in found["evidence"] and "1 <|im_start|>" in found["evidence"]
+    # What the base that was trained says of itself counts as training's, and then must be there.
+    base = Artifact(name="base", path=str(tmp_path), kind="hf", tokenizer=str(tiny_model))
+    training = {"tokenizer": str(tiny_model), "content": None, "model": str(tmp_path)}
+    assert template_check.check(base, training)["outcome"] == "PASS"
+    merged = Artifact(name="merged", path=str(tiny_model), kind="hf", tokenizer=str(tiny_model))
+    assert "the stop tokens of" in template_check.check(merged, training)["evidence"]
+
+
 def test_another_vocabulary_fails(tiny_model, tmp_path):
     save_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"

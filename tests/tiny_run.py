@@ -28,7 +28,7 @@ SECTIONS = {
     "lora": {"rank": 4, "alpha": 8},
     "train": {"steps": 30, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.02, "precision": "fp32"},
     "bench": {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1, "threads": 1},
-    "eval": {"samples": 1, "sample_tokens": 4, "threads": 1},
+    "eval": {"samples": 1, "sample_tokens": 4, "threads": 1, "cache": False},
 }
 """Sections of :func:`write_recipe`, as small as they can be and still learn."""
 

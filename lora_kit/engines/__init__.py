@@ -4,6 +4,7 @@ To add one, write ``lora_kit/engines/<name>.py`` with
 
 * ``missing() -> str | None``: None, or the command that installs what the engine needs;
 * ``load(artifact, *, dtype, threads, device) -> Engine``: the artifact, ready to run;
+* ``computes(artifact, *, dtype, device) -> dict``: the type and the device that ``load`` would take, as JSON;
 
 and a class derived from :class:`Engine` with every abstract method. Which engine serves an
 artifact follows from its kind (:data:`ENGINE_OF_KIND`); ``open_engine(..., prefer="<name>")``
@@ -19,16 +20,15 @@ Reads the artifact; writes nothing.
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_kit.errors import MachineError, RecipeError, RefusedError
+from lora_kit.errors import MachineError, RecipeError
+from lora_kit.model_files import configured_stop_ids as configured_stop_ids
 from lora_kit.types import Artifact, Generation
 
 ENGINE_OF_KIND = {"hf": ("hf",), "adapter": ("hf",), "gguf": ("llamacpp",)}
@@ -54,12 +54,17 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False,
+        until: Sequence[Sequence[str]] = (),
     ) -> list[Generation]:
         """Greedy answers to ``prompts`` (token ids), in their order.
 
-        An answer ends before a stop token (``stopped`` is then True) or after ``max_new_tokens``;
+        An answer ends before a stop token or a stop string (``stopped`` is then True) or after ``max_new_tokens``;
         with ``ignore_stop`` always after ``max_new_tokens``.
+
+        Args:
+            until: the stop strings of each prompt; empty: none has any. Text after the first of them is not kept; of
+                the tokens those that it stands in are.
         """
 
     @abstractmethod
@@ -121,23 +126,52 @@ class Engine(ABC):
         self.close()
 
 
+class StopStrings:
+    """Whether an answer that grows token by token has come to one of its stop strings.
+
+    Args:
+        strings: none of them empty.
+    """
+
+    _SPARE = 4
+    """Tokens beyond one for each byte of the longest string: special ones, which have no text, may stand between."""
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        self._tokenizer, self._strings = tokenizer, tuple(strings)
+        self._window = max((len(text.encode()) for text in strings), default=0) + self._SPARE
+
+    def reached(self, tokens: Sequence[int]) -> bool:
+        """Whether the text of ``tokens`` has a stop string, which it had not before the last token."""
+        if not self._strings:
+            return False
+        # The end alone is decoded at each token; a hit is looked at in the whole, as a tokenizer may begin otherwise.
+        end = self._text(tokens[-self._window:])
+        return any(text in end for text in self._strings) and self.cut(self._text(tokens))[1]
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """``text`` up to the first stop string in it, and whether there is one."""
+        found = [place for place in (text.find(each) for each in self._strings) if place >= 0]
+        return (text[:min(found)], True) if found else (text, False)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def stop_strings(tokenizer: Any, until: Sequence[Sequence[str]], num_prompts: int, ignore_stop: bool
+                 ) -> list[StopStrings]:
+    """The stop strings of each of ``num_prompts`` prompts; none where stops are ignored."""
+    given = [()] * num_prompts if ignore_stop or not until else until
+    if len(given) != num_prompts:
+        raise ValueError(f"{len(given)} lists of stop strings for {num_prompts} prompts")
+    return [StopStrings(tokenizer, strings) for strings in given]
+
+
 def checked_positions(tokens_T: Sequence[int], positions_K: Sequence[int]) -> np.ndarray:
     """``positions_K`` (K,) in int64; ValueError where one of them is no token that others come before."""
     positions_K = np.asarray(positions_K, dtype=np.int64)
     if len(positions_K) and not 0 < positions_K.min() <= positions_K.max() < len(tokens_T):
         raise ValueError(f"positions must lie in 1 to {len(tokens_T) - 1}")
     return positions_K
-
-
-def configured_stop_ids(folder: Path) -> set[int]:
-    """End-of-sequence ids in the generation_config.json of a model folder; empty without one."""
-    try:
-        ends = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-    except ValueError:
-        raise RefusedError(str(folder / "generation_config.json"), "is not JSON", "download the model again") from None
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def names() -> list[str]:
@@ -173,11 +207,22 @@ def open_engine(
         RecipeError: there is no engine of that name.
         ModelError: the artifact does not load.
     """
+    return _module(_chosen(artifact, prefer)).load(artifact, dtype=dtype, threads=threads, device=device)
+
+
+def computes(artifact: Artifact, *, dtype: str = "auto", device: str | None = None,
+             prefer: str | Sequence[str] | None = None) -> dict[str, str]:
+    """With what ``open_engine`` of the same arguments would compute: engine, dtype, device. Errors are the same."""
+    name = _chosen(artifact, prefer)
+    return {"engine": name, **_module(name).computes(artifact, dtype=dtype, device=device)}
+
+
+def _chosen(artifact: Artifact, prefer: str | Sequence[str] | None) -> str:
     wanted = [prefer] if isinstance(prefer, str) else list(prefer or ENGINE_OF_KIND[artifact.kind])
     owed = {name: missing(name) for name in wanted}
     for name in wanted:
         if owed[name] is None:
-            return _module(name).load(artifact, dtype=dtype, threads=threads, device=device)
+            return name
     raise MachineError(f"engine {wanted[0]}", "is not installed", owed[wanted[0]] or "")
 
 

@@ -17,7 +17,7 @@ import gc
 import inspect
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 from lora_kit.adapter import load_adapter
 from lora_kit.bnb_mend import keep_4bit_weights_intact
 from lora_kit.chat import load_tokenizer, stop_token_ids
-from lora_kit.engines import Engine, checked_positions, configured_stop_ids
+from lora_kit.engines import Engine, StopStrings, checked_positions, configured_stop_ids, stop_strings
 from lora_kit.errors import ModelError
 from lora_kit.hardware import cpu_supports_bf16, memory_bytes
 from lora_kit.model import load_base, read_config, torch_dtype
@@ -41,6 +41,8 @@ SHARED_TOKENS = 32
 SAVED_TOKENS = 512
 """Tokens that need not be read again when some of the prompts are answered apart from the others: that is worth
 batches of their own, of which the last is not full."""
+Ends = Callable[[Sequence[int]], bool]
+"""Whether the tokens of an answer so far have come to a stop string."""
 _ROWS = 128
 """Positions whose probabilities are worked out at a time: a copy of all logits in fp32 would be large."""
 _ROOM = 2.5
@@ -63,17 +65,14 @@ def load(artifact: Artifact, *, dtype: str = "auto", threads: int | None = None,
 
     if threads:
         torch.set_num_threads(threads)
-    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    folder = Path(artifact.base if artifact.kind == "adapter" else artifact.path)
+    asked, folder = dtype, Path(artifact.base if artifact.kind == "adapter" else artifact.path)
+    dtype, device = computes(artifact, dtype=dtype, device=device).values()
     if artifact.kind == "gguf":
-        dtype = "fp32" if dtype in ("auto", "fastest") else dtype
         model = _load_gguf(folder, dtype).to(device).eval()
         source = f"transformers {dtype}, dequantized"
     else:
         method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
         stored = stored_dtype(folder)
-        asked = dtype
-        dtype = {"auto": stored, "fastest": fastest_dtype(folder, device)}.get(asked, asked)
         model = _load_quantized(folder, dtype, device) if method else load_base(folder, dtype=dtype, device=device)
         if artifact.kind == "adapter":
             model = load_adapter(model, artifact.path)
@@ -85,6 +84,21 @@ def load(artifact: Artifact, *, dtype: str = "auto", threads: int | None = None,
     tokenizer = load_tokenizer(tokenizer_dir)
     stop_ids = {*stop_token_ids(tokenizer), *configured_stop_ids(folder), *configured_stop_ids(tokenizer_dir)}
     return HfEngine(model, tokenizer, stop_ids=stop_ids, name=source)
+
+
+def computes(artifact: Artifact, *, dtype: str = "auto", device: str | None = None) -> dict[str, str]:
+    """``dtype`` and ``device`` that :func:`load` would compute with."""
+    import torch
+
+    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    folder = Path(artifact.base if artifact.kind == "adapter" else artifact.path)
+    if artifact.kind == "gguf":
+        dtype = "fp32" if dtype in ("auto", "fastest") else dtype
+    elif dtype == "auto":
+        dtype = stored_dtype(folder)
+    elif dtype == "fastest":
+        dtype = fastest_dtype(folder, device)
+    return {"dtype": dtype, "device": device}
 
 
 def stored_dtype(folder: Path) -> str:
@@ -160,24 +174,26 @@ class HfEngine(Engine):
             self._cache_key, "attention_mask", "position_ids", "logits_to_keep"}
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False,
+        until: Sequence[Sequence[str]] = (),
     ) -> list[Generation]:
         import torch
 
         prompts, answers = [list(prompt) for prompt in prompts], {}
+        stops = stop_strings(self.tokenizer, until, len(prompts), ignore_stop)
         groups = _groups(prompts) if self._decodes_itself else [(list(range(len(prompts))), 0)]
         with torch.inference_mode():
             for group, num_shared in groups:
                 shared = self._read(prompts[group[0]][:num_shared]) if num_shared else None
                 for rows in _batches(prompts, group, max_new_tokens):
-                    batch = [prompts[row] for row in rows]
+                    batch, ends = [prompts[row] for row in rows], [stops[row].reached for row in rows]
                     if self._decodes_itself:
                         stop_ids = () if ignore_stop else self.stop_ids
-                        found = self._decode(batch, max_new_tokens, stop_ids, num_shared, shared)
+                        found = self._decode(batch, max_new_tokens, stop_ids, ends, num_shared, shared)
                     else:
-                        found = self._transformers_generate(batch, max_new_tokens, ignore_stop)
+                        found = self._transformers_generate(batch, max_new_tokens, ignore_stop, ends)
                     answers.update(zip(rows, found, strict=True))
-        return [self._generation(answers[row], ignore_stop) for row in range(len(prompts))]
+        return [self._generation(answers[row], ignore_stop, stops[row]) for row in range(len(prompts))]
 
     def _read(self, tokens: list[int]):
         """The cache after ``tokens``, for one row."""
@@ -187,11 +203,12 @@ class HfEngine(Engine):
         self._forward(torch.tensor([tokens], device=self.model.device), cache)
         return cache
 
-    def _decode(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: Sequence[int], num_shared: int,
-                shared: Any) -> list[list[int]]:
+    def _decode(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: Sequence[int], ends: Sequence[Ends],
+                num_shared: int, shared: Any) -> list[list[int]]:
         """Greedy tokens after each prompt, with the stop token where there is one.
 
         Args:
+            ends: of each prompt, whether its answer so far has come to a stop string.
             num_shared: how many tokens all prompts begin with, fewer than any of them has.
             shared: the cache after these; it is copied. None where ``num_shared`` is 0.
         """
@@ -210,8 +227,9 @@ class HfEngine(Engine):
             next_B = logits_BV.argmax(-1)
             going = []
             for place, token in enumerate(next_B.tolist()):
-                answers[rows[place]].append(token)
-                if token not in stop_ids:
+                row = rows[place]
+                answers[row].append(token)
+                if token not in stop_ids and not ends[row](answers[row]):
                     going.append(place)
             if not going or not left:
                 break
@@ -229,16 +247,24 @@ class HfEngine(Engine):
         return self.model(input_ids=tokens_BT, use_cache=True, logits_to_keep=1, **{self._cache_key: cache},
                           **options).logits[:, -1]
 
-    def _transformers_generate(self, prompts: list[list[int]], max_new_tokens: int, ignore_stop: bool):
-        from transformers import GenerationConfig
+    def _transformers_generate(self, prompts: list[list[int]], max_new_tokens: int, ignore_stop: bool,
+                               ends: Sequence[Ends]) -> list[list[int]]:
+        import torch
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         tokens_BT, mask_BT = self._left_padded(prompts)
+        start = tokens_BT.shape[1]
+
+        def ended(so_far_BT, _scores, **_):
+            return torch.tensor([end(answer) for end, answer in zip(ends, so_far_BT[:, start:].tolist(), strict=True)],
+                                device=so_far_BT.device)
+
         # A model's own generation_config may hold a repetition penalty or sampling, and transformers
         # fills what is unset from it: greedy means greedy here.
         kept, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             out_BT = self.model.generate(
-                input_ids=tokens_BT, attention_mask=mask_BT,
+                input_ids=tokens_BT, attention_mask=mask_BT, stopping_criteria=StoppingCriteriaList([ended]),
                 generation_config=GenerationConfig(
                     do_sample=False, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=self._pad_id(),
                     eos_token_id=None if ignore_stop else list(self.stop_ids),
@@ -246,13 +272,13 @@ class HfEngine(Engine):
             )
         finally:
             self.model.generation_config = kept
-        return out_BT[:, tokens_BT.shape[1]:].tolist()
+        return [_up_to_its_end(answer, end) for answer, end in zip(out_BT[:, start:].tolist(), ends, strict=True)]
 
-    def _generation(self, tokens: list[int], ignore_stop: bool) -> Generation:
+    def _generation(self, tokens: list[int], ignore_stop: bool, stops: StopStrings) -> Generation:
         stop = None if ignore_stop else next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
         tokens = tokens[:stop]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Generation(tokens=tuple(tokens), stopped=stop is not None, text=text)
+        text, cut = stops.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return Generation(tokens=tuple(tokens), stopped=cut or stop is not None, text=text)
 
     def log_probs(self, tokens: Sequence[int]) -> np.ndarray:
         import torch
@@ -351,6 +377,11 @@ class HfEngine(Engine):
             torch.cuda.synchronize()
         elif self.device.startswith("mps"):
             torch.mps.synchronize()
+
+
+def _up_to_its_end(tokens: list[int], end: Ends) -> list[int]:
+    """An answer without the padding that it got while others of its batch went on."""
+    return next((tokens[:number] for number in range(1, len(tokens) + 1) if end(tokens[:number])), tokens)
 
 
 def _cache_with_room(model, room: int):

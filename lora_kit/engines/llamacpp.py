@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lora_kit.chat import load_tokenizer, stop_token_ids
-from lora_kit.engines import Engine, configured_stop_ids
+from lora_kit.engines import Engine, configured_stop_ids, stop_strings
 from lora_kit.errors import MachineError, ModelError
 from lora_kit.types import Artifact, Generation
 
@@ -60,6 +60,11 @@ def load(
     # Not llama.cpp's own list of end tokens, which goes by their names: every engine stops at the same.
     stop_ids = {*stop_token_ids(tokenizer), *configured_stop_ids(Path(artifact.tokenizer))}
     return LlamaCppEngine(artifact.path, tokenizer, stop_ids=stop_ids, threads=threads)
+
+
+def computes(artifact: Artifact, *, dtype: str = "auto", device: str | None = None) -> dict[str, str]:
+    """llama.cpp computes in types of its own choice, on the CPU."""
+    return {"dtype": "auto", "device": "cpu"}
 
 
 class LlamaCppEngine(Engine):
@@ -107,18 +112,22 @@ class LlamaCppEngine(Engine):
         self.name = "llama.cpp"
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False,
+        until: Sequence[Sequence[str]] = (),
     ) -> list[Generation]:
-        answers = []
-        for prompt in prompts:  # one by one: an answer does not depend on what it shares a batch with
+        answers, stops = [], stop_strings(self.tokenizer, until, len(prompts), ignore_stop)
+        for prompt, strings in zip(prompts, stops, strict=True):
+            # One by one: an answer does not depend on what it shares a batch with.
             tokens, stopped = [], False
             for token in self.tokens_after(prompt, max_new_tokens):
                 stopped = token in self.stop_ids and not ignore_stop
                 if stopped:
                     break
                 tokens.append(token)
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            answers.append(Generation(tokens=tuple(tokens), stopped=stopped, text=text))
+                if strings.reached(tokens):
+                    break
+            text, cut = strings.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            answers.append(Generation(tokens=tuple(tokens), stopped=stopped or cut, text=text))
         return answers
 
     def tokens_after(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os.path
 
+from lora_kit import metrics
+
 HIGHER_IS_BETTER = True
 
 
@@ -29,21 +31,4 @@ def score(prediction: str, target: str, *, normalise_whitespace: bool = True) ->
 
 def build():
     """The metric as an ``evaluate.Metric``."""
-    import datasets
-    import evaluate
-
-    class ExactMatch(evaluate.Metric):
-        def _info(self):
-            return evaluate.MetricInfo(
-                description=__doc__, citation="", inputs_description=score.__doc__,
-                features=datasets.Features({
-                    "predictions": datasets.Value("string"), "references": datasets.Value("string")}))
-
-        def _compute(self, predictions, references, normalise_whitespace=True):
-            scored = [score(prediction, reference, normalise_whitespace=normalise_whitespace)
-                      for prediction, reference in zip(predictions, references, strict=True)]
-            values = [value for value, _ in scored]
-            return {"exact_match": sum(values) / len(values), "item_scores": values,
-                    "reasons": [reason for _, reason in scored]}
-
-    return ExactMatch(keep_in_memory=True)
+    return metrics.as_evaluate("exact_match")

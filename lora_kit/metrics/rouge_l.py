@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from lora_kit import metrics
+
 HIGHER_IS_BETTER = True
 
 
@@ -27,21 +29,4 @@ def _scorer():
 
 def build():
     """The metric as an ``evaluate.Metric``."""
-    import datasets
-    import evaluate
-
-    class RougeL(evaluate.Metric):
-        def _info(self):
-            return evaluate.MetricInfo(
-                description=__doc__, citation="", inputs_description=score.__doc__,
-                features=datasets.Features({
-                    "predictions": datasets.Value("string"), "references": datasets.Value("string")}))
-
-        def _compute(self, predictions, references):
-            scored = [score(prediction, reference)
-                      for prediction, reference in zip(predictions, references, strict=True)]
-            values = [value for value, _ in scored]
-            return {"rouge_l": sum(values) / len(values), "item_scores": values,
-                    "reasons": [reason for _, reason in scored]}
-
-    return RougeL(keep_in_memory=True)
+    return metrics.as_evaluate("rouge_l")

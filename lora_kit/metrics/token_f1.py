@@ -13,6 +13,8 @@ import re
 import string
 from collections import Counter
 
+from lora_kit import metrics
+
 HIGHER_IS_BETTER = True
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -39,21 +41,4 @@ def score(prediction: str, target: str) -> tuple[float, str]:
 
 def build():
     """The metric as an ``evaluate.Metric``."""
-    import datasets
-    import evaluate
-
-    class TokenF1(evaluate.Metric):
-        def _info(self):
-            return evaluate.MetricInfo(
-                description=__doc__, citation="", inputs_description=score.__doc__,
-                features=datasets.Features({
-                    "predictions": datasets.Value("string"), "references": datasets.Value("string")}))
-
-        def _compute(self, predictions, references):
-            scored = [score(prediction, reference)
-                      for prediction, reference in zip(predictions, references, strict=True)]
-            values = [value for value, _ in scored]
-            return {"token_f1": sum(values) / len(values), "item_scores": values,
-                    "reasons": [reason for _, reason in scored]}
-
-    return TokenF1(keep_in_memory=True)
+    return metrics.as_evaluate("token_f1")

@@ -24,10 +24,12 @@ import json
 import re
 from typing import Any
 
+from lora_kit import metrics
 from lora_kit.errors import DataError
 from lora_kit.tool_calls import Malformed, parse_calls
 
 HIGHER_IS_BETTER = True
+STRUCTURED = True
 
 # "any" is read as text: whatever else a target accepts passes as the type of its accepted values.
 _TYPES = {
@@ -180,23 +182,5 @@ def _fits_dicts(value: list, candidate: Any) -> bool:
 
 
 def build():
-    """The metric as an ``evaluate.Metric``; ``references`` and ``functions`` are JSON texts."""
-    import datasets
-    import evaluate
-
-    class ToolCall(evaluate.Metric):
-        def _info(self):
-            return evaluate.MetricInfo(
-                description=__doc__, citation="", inputs_description=score.__doc__,
-                features=datasets.Features({
-                    "predictions": datasets.Value("string"), "references": datasets.Value("string"),
-                    "functions": datasets.Value("string")}))
-
-        def _compute(self, predictions, references, functions):
-            scored = [score(prediction, reference, functions=offered)
-                      for prediction, reference, offered in zip(predictions, references, functions, strict=True)]
-            values = [value for value, _ in scored]
-            return {"tool_call": sum(values) / len(values), "item_scores": values,
-                    "reasons": [reason for _, reason in scored]}
-
-    return ToolCall(keep_in_memory=True)
+    """The metric as an ``evaluate.Metric``."""
+    return metrics.as_evaluate("tool_call")

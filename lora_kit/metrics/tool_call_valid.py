@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora_kit import metrics
 from lora_kit.tool_calls import Malformed, parse_calls
 
 HIGHER_IS_BETTER = True
+STRUCTURED = True
 
 
 def score(prediction: str, target: Any = None, *, functions: list | str) -> tuple[float, str]:
@@ -35,23 +37,5 @@ def score(prediction: str, target: Any = None, *, functions: list | str) -> tupl
 
 
 def build():
-    """The metric as an ``evaluate.Metric``; ``references`` and ``functions`` are JSON texts."""
-    import datasets
-    import evaluate
-
-    class ToolCallValid(evaluate.Metric):
-        def _info(self):
-            return evaluate.MetricInfo(
-                description=__doc__, citation="", inputs_description=score.__doc__,
-                features=datasets.Features({
-                    "predictions": datasets.Value("string"), "references": datasets.Value("string"),
-                    "functions": datasets.Value("string")}))
-
-        def _compute(self, predictions, references, functions):
-            scored = [score(prediction, reference, functions=offered)
-                      for prediction, reference, offered in zip(predictions, references, functions, strict=True)]
-            values = [value for value, _ in scored]
-            return {"tool_call_valid": sum(values) / len(values), "item_scores": values,
-                    "reasons": [reason for _, reason in scored]}
-
-    return ToolCallValid(keep_in_memory=True)
+    """The metric as an ``evaluate.Metric``."""
+    return metrics.as_evaluate("tool_call_valid")

@@ -75,6 +75,30 @@ def test_stop_tokens_end_an_answer(engine):
     assert ending.generate(prompts()[1:2], max_new_tokens=8, ignore_stop=True)[0].tokens == free[1].tokens
 
 
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_each_answer_of_a_batch_has_its_own_stop_strings(engine, monkeypatch, by_itself):
+    monkeypatch.setattr(engine, "_decodes_itself", by_itself)
+    free = engine.generate(prompts(), max_new_tokens=8)
+    texts = [answer.text for answer in free]
+    until = [[text[3:5], "never"] if len(text) > 5 and number % 2 else [] for number, text in enumerate(texts)]
+    found = engine.generate(prompts(), max_new_tokens=8, until=until)
+    assert sum(map(bool, until)) > 2
+    for answer, before, strings in zip(found, free, until, strict=True):
+        if not strings:
+            assert answer == before
+            continue
+        assert answer.stopped and answer.text == before.text[:before.text.index(strings[0])]
+        # It ended with the token in which the string came to its end, not later.
+        number = len(answer.tokens)
+        assert answer.tokens == before.tokens[:number]
+        assert strings[0] not in engine.tokenizer.decode(answer.tokens[:-1], skip_special_tokens=True)
+    ignored = engine.generate(prompts(), max_new_tokens=8, until=until, ignore_stop=True)
+    assert [answer.tokens[:len(before.tokens)] for answer, before in zip(ignored, free, strict=True)] == [
+        before.tokens for before in free]
+    with pytest.raises(ValueError, match="1 lists of stop strings for 10 prompts"):
+        engine.generate(prompts(), max_new_tokens=1, until=[["a"]])
+
+
 def alone(model, prompt, count, stop_ids=None):
     """transformers' own greedy tokens after one prompt, without the stop token."""
     import torch

@@ -52,6 +52,17 @@ def test_answers_agree_with_transformers(engine, reference):
     assert [answer.text for answer in found] == [answer.text for answer in expected]
 
 
+def test_stop_strings_end_an_answer_as_in_transformers(engine, reference):
+    prompts = [tokens(length, length) for length in (3, 40, 9)]
+    texts = [answer.text for answer in engine.generate(prompts, max_new_tokens=8)]
+    until = [[text[2:4]] if len(text) > 4 else ["never"] for text in texts]
+    assert until != [["never"]] * 3
+    found = engine.generate(prompts, max_new_tokens=8, until=until)
+    assert found == reference.generate(prompts, max_new_tokens=8, until=until)
+    assert [answer.text for answer in found] == [
+        text.partition(strings[0])[0] for text, strings in zip(texts, until, strict=True)]
+
+
 def test_stop_tokens_are_the_tokenizers_and_end_an_answer(engine, reference):
     assert engine.stop_ids == reference.stop_ids == (2,)  # llama.cpp by itself adds <|endoftext|> for its name
     free = engine.generate([tokens(9)], max_new_tokens=6, ignore_stop=True)[0]

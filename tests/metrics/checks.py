@@ -6,7 +6,7 @@ import pytest
 
 
 def check_build(metric, name: str, predictions: list[str], references: list, **inputs: list) -> None:
-    """``build()`` is an evaluate.Metric that gives the item scores of ``score`` and their mean."""
+    """``build()`` is an evaluate.Metric that gives the scores of ``score`` and their mean, or the corpus's value."""
     import json
 
     import evaluate
@@ -20,4 +20,9 @@ def check_build(metric, name: str, predictions: list[str], references: list, **i
                 for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True))]
     assert found["item_scores"] == [value for value, _ in expected]
     assert found["reasons"] == [reason for _, reason in expected]
-    assert found[name] == pytest.approx(sum(value for value, _ in expected) / len(expected))
+    if hasattr(metric, "corpus"):
+        assert found["outcomes"] == [metric.outcome(*pair) for pair in zip(predictions, references, strict=True)]
+        assert found[name] == pytest.approx(metric.corpus(found["outcomes"]))
+        json.dumps(found["outcomes"])
+    else:
+        assert found[name] == pytest.approx(sum(value for value, _ in expected) / len(expected))
