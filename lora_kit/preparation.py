@@ -17,7 +17,7 @@ from lora_kit.recipe import FAST_PARTS, Recipe, TrainSection
 from lora_kit.units import number_text
 
 _NOUNS = {"linear": "linear layers", "mlp": "MLPs", "norm": "norms", "attention": "attention layers",
-          "loss": "output layer", "prefix": "layers with a shared prefix"}
+          "kernels": "compiled kernels", "loss": "output layer", "prefix": "layers with a shared prefix"}
 
 _CPU_PASS_TOKENS = 1024
 _ROWS_TO_TIME = 8

@@ -254,7 +254,7 @@ class LoraSection(Section):
 
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
-FastPart = Literal["auto", "linear", "mlp", "norm", "attention", "loss", "prefix"]
+FastPart = Literal["auto", "kernels", "linear", "mlp", "norm", "attention", "loss", "prefix"]
 FAST_PARTS = get_args(FastPart)[1:]
 """Parts of the fast path, in the order in which a model is prepared."""
 
@@ -285,8 +285,9 @@ class TrainSection(Section):
         list[FastPart], BeforeValidator(_as_list), _one_or_many({"enum": list(get_args(FastPart)), "type": "string"})
     ] = ["auto"]
     """Parts of the fast path to use: linear (a layer and its LoRA as one node), mlp, norm, attention (of packed rows,
-    on a CPU), loss (in slices), prefix (what all rows of a pass begin with, once). auto: all of them; []: none, plain
-    peft. Modules that a part does not fit stay as they are, which is said."""
+    on a CPU), loss (in slices), prefix (what all rows of a pass begin with, once), kernels (what these do element by
+    element, compiled for the CPU). auto: all of them; []: none, plain peft. Modules that a part does not fit stay as
+    they are, which is said."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     lora_plus_ratio: Annotated[float, Field(ge=1), _NumberOnly] = 1.0

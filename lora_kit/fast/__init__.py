@@ -9,6 +9,7 @@ state stay what they are, and :func:`stop_fast` takes it back. Each part has a n
 * ``norm``: RMSNorm as one node;
 * ``attention``: attention of packed rows on a CPU as one node, its backward pass as matrix products, where that
   is the faster way;
+* ``kernels``: what these do element by element, compiled for the CPU;
 * ``loss``: head and cross-entropy in slices;
 * ``prefix``: tokens that all rows of a pass begin with, such as a system prompt, are computed once
   (``packing.packed_batch_of`` makes such batches when it is asked to).
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from lora_kit.fast import attention, head, linear, mlp, norm
+from lora_kit.fast import attention, compiled, head, linear, mlp, norm
 from lora_kit.packing import PER_DOCUMENT
 
 
@@ -43,13 +44,14 @@ def use_fast(net, parts: Sequence[str], lengths: Sequence[int] = ()) -> dict[str
     is faster than torch's own kernels on rows of ``lengths`` tokens, which is measured; without lengths it is used.
     """
     prepare = {"linear": _linear, "mlp": _mlp, "norm": _norm, "loss": _loss, "prefix": _prefix,
-               "attention": partial(_attention, lengths=tuple(lengths))}
+               "kernels": _kernels, "attention": partial(_attention, lengths=tuple(lengths))}
     plain = net.get_base_model()
     return {name: prepare[name](plain) for name in parts}
 
 
 def stop_fast(net) -> None:
     """Undo :func:`use_fast`; nothing happens to a model that is not prepared."""
+    compiled.stop()
     plain = net.get_base_model()
     for module in plain.modules():
         original = getattr(type(module), "original_class", None)
@@ -125,7 +127,11 @@ def _loss(plain) -> Part:
     return Part(1)
 
 
-
+def _kernels(plain) -> Part:
+    if next(plain.parameters()).device.type != "cpu":
+        return Part(0, {"the device has kernels of its own": compiled.num_kernels()})
+    reason = compiled.use()
+    return Part(0, {reason: compiled.num_kernels()}) if reason else Part(compiled.num_kernels())
 
 
 def _prefix(plain) -> Part:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from lora_kit.fast import compiled
 from lora_kit.packing import attend_per_document, causal_mask
 
 NAME = "lora_kit_fast"
@@ -74,8 +75,7 @@ class _Node(torch.autograd.Function):
         query_BHTD, key_BGTD, value_BGTD, out_BTHD, *logs = ctx.saved_tensors
         dquery, dkey, dvalue = (torch.empty_like(tensor, memory_format=torch.contiguous_format)
                                 for tensor in (query_BHTD, key_BGTD, value_BGTD))
-        # d(sum of p·dp), one number a query and head.
-        delta_HT = (dout_BTHD * out_BTHD)[0].sum(-1, dtype=torch.float32).t()
+        delta_HT = _delta(dout_BTHD, out_BTHD)
         start = 0
         for length, log_HT in zip(ctx.lengths, logs, strict=True):
             rows, before = slice(start, start + length), ctx.prefix if start else 0
@@ -110,18 +110,42 @@ def _gradients(query_HTD, key_GSD, value_GSD, dout_HTD, log_HT, delta_HT, scale)
         def grouped(tensor, first=first, last=last):
             return tensor[:, first:last].reshape(groups, shared * (last - first), -1)
 
-        query, dout = grouped(query_HTD) * scale, grouped(dout_HTD)
+        query, dout = grouped(query_HTD), grouped(dout_HTD)
         key, value = key_GSD[:, :num_keys], value_GSD[:, :num_keys]
-        p = _less(query, key, grouped(log_HT[..., None])).view(groups, shared, last - first, num_keys)
-        future = torch.ones(last - first, last - first, dtype=torch.bool).triu_(1)
-        p[..., before + first:].masked_fill_(future, -torch.inf)
-        p = p.exp_().view(groups, -1, num_keys)
-        ds = _less(dout, value, grouped(delta_HT[..., None])).mul_(p)
-        p, ds = p.to(query.dtype), ds.to(query.dtype)
-        dquery_HTD[:, first:last] = torch.bmm(ds, key).mul_(scale).view(heads, last - first, size)
+        if compiled.serves(query, dout):
+            p, ds = torch.bmm(query, key.transpose(1, 2)), torch.bmm(dout, value.transpose(1, 2))
+            log, delta = log_HT[:, first:last].contiguous(), delta_HT[:, first:last]
+            compiled.call("attention_backward", p.dtype, p, ds, log, log.stride(0), delta, delta.stride(0), heads,
+                          last - first, num_keys, before + first, scale)
+        else:
+            p, ds = _probabilities(query, key, value, dout, grouped(log_HT[..., None]), grouped(delta_HT[..., None]),
+                                   (shared, last - first), before + first, scale)
+        dquery_HTD[:, first:last] = torch.bmm(ds, key).view(heads, last - first, size)
         dkey_GSD[:, :num_keys] += torch.bmm(ds.transpose(1, 2), query)
         dvalue_GSD[:, :num_keys] += torch.bmm(p.transpose(1, 2), dout)
     return dquery_HTD, dkey_GSD, dvalue_GSD
+
+
+def _probabilities(query, key, value, dout, log, delta, shape: tuple[int, int], before: int, scale: float):
+    """Probabilities of a block and the gradients of query times key; ``before`` keys come before its first."""
+    groups, num_keys, (shared, length) = len(key), key.shape[1], shape
+    p = _less(query * scale, key, log).view(groups, shared, length, num_keys)
+    future = torch.ones(length, length, dtype=torch.bool).triu_(1)
+    p[..., before:].masked_fill_(future, -torch.inf)
+    p = p.exp_().view(groups, -1, num_keys)
+    ds = _less(dout, value, delta).mul_(p).mul_(scale)
+    return p.to(query.dtype), ds.to(query.dtype)
+
+
+def _delta(dout_BTHD: torch.Tensor, out_BTHD: torch.Tensor) -> torch.Tensor:
+    """(H, T), fp32: the sum of dout times out, which is that of p times dp, of each query and head."""
+    dout_BTHD = dout_BTHD.contiguous()
+    if not compiled.serves(dout_BTHD, out_BTHD):
+        return (dout_BTHD * out_BTHD)[0].sum(-1, dtype=torch.float32).t()
+    _, length, heads, size = out_BTHD.shape
+    delta_HT = torch.empty(heads, length)
+    compiled.call("dot_of_heads", out_BTHD.dtype, dout_BTHD, out_BTHD, delta_HT, length, heads, size)
+    return delta_HT
 
 
 def _less(left: torch.Tensor, right: torch.Tensor, less: torch.Tensor) -> torch.Tensor:

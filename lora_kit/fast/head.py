@@ -15,12 +15,16 @@ from contextlib import contextmanager
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_kit.fast import cuda
+from lora_kit.fast import compiled, cuda
 from lora_kit.fast.linear import has_hooks
 from lora_kit.tokens import IGNORED
 
 _SLICE = 256
 """Positions of a slice: enough for the product to run at full speed."""
+_HELD_BYTES = 2**26
+"""Logits that are held at once where the vocabulary is taken in blocks."""
+_BLOCK = 4096
+"""Tokens of a block of the vocabulary."""
 
 
 class LossHead:
@@ -48,6 +52,11 @@ class _Node(torch.autograd.Function):
         wants_gradient = ctx.needs_input_grad[0]
         gradient_KC = torch.empty_like(hidden_KC) if wants_gradient else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_KC.device)
+        if compiled.serves(hidden_KC, weight_VC):
+            with torch.autocast("cpu", enabled=False):
+                loss = _in_blocks(hidden_KC, weight_VC, bias_V, targets_K, gradient_KC)
+            ctx.save_for_backward(gradient_KC)
+            return loss
         with torch.autocast(hidden_KC.device.type, enabled=False):
             for start in range(0, len(targets_K), _SLICE):
                 rows = slice(start, start + _SLICE)
@@ -68,6 +77,36 @@ class _Node(torch.autograd.Function):
         (gradient_KC,) = ctx.saved_tensors
         # In fp32: rounding the factor first would scale every gradient of the step.
         return (gradient_KC.float() * dloss).to(gradient_KC.dtype), None, None, None
+
+
+def _in_blocks(hidden_KC, weight_VC, bias_V, targets_K, gradient_KC):
+    """The summed loss; its gradient goes to ``gradient_KC`` unless that is None.
+
+    Logits are made, and then turned into their own gradient, in blocks of the vocabulary that stay in the CPU's cache:
+    the largest logit and the sum of exponentials of each row run along.
+    """
+    loss = torch.zeros(())
+    step = max(_SLICE, _HELD_BYTES // (weight_VC.shape[0] * weight_VC.element_size()))
+    for start in range(0, len(targets_K), step):
+        hidden_SC, targets_S = hidden_KC[start:start + step].contiguous(), targets_K[start:start + step].contiguous()
+        num, dtype = len(targets_S), hidden_SC.dtype
+        largest_S = torch.full((num,), -torch.inf)
+        sum_S, hit_S, blocks = torch.zeros(num), torch.zeros(num), []
+        for first in range(0, weight_VC.shape[0], _BLOCK):
+            rows = slice(first, first + _BLOCK)
+            logits = torch.nn.functional.linear(hidden_SC, weight_VC[rows], None if bias_V is None else bias_V[rows])
+            compiled.call("loss_of_block", dtype, logits, targets_S, first, largest_S, sum_S, hit_S, *logits.shape)
+            blocks.append((first, rows, logits if gradient_KC is not None else None))
+        log_S = largest_S + sum_S.log()
+        loss += (log_S - hit_S).sum()
+        if gradient_KC is None:
+            continue
+        gradient_SC = torch.zeros(hidden_SC.shape)
+        for first, rows, logits in blocks:
+            compiled.call("gradient_of_block", dtype, logits, targets_S, first, log_S, *logits.shape)
+            gradient_SC += logits @ weight_VC[rows]
+        gradient_KC[start:start + step] = gradient_SC
+    return loss
 
 
 def head_of(model) -> LossHead | None:

@@ -52,19 +52,34 @@ def backward(
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dx_NC, dA_RC, dB_OR) of :func:`forward`; dx is None unless wanted, and is added to ``into`` when given."""
+    dx_NC, dh_NR = backward_of_input(dy_NO, w, wants_dx, into)
+    return dx_NC, *backward_of_adapter(dy_NO, dh_NR, x_NC, h_NR, w)
+
+
+def backward_of_input(
+    dy_NO: torch.Tensor, w: Weights, wants_dx: bool = True, into: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dx_NC, dh_NR): what :func:`backward` can say without x; dh is None without a LoRA."""
     if w.a_RC is None:
-        return (_product(dy_NO, w.weight_OC, into) if wants_dx else None), None, None
+        return (_product(dy_NO, w.weight_OC, into) if wants_dx else None), None
     dh_NR = dy_NO @ w.b_OR
     dh_NR *= w.scale
-    # The product with few rows is the fast one of the two that give the same matrix.
-    db_OR = (h_NR.t() @ dy_NO).t() * w.scale
-    da_RC = dh_NR.t() @ x_NC
     if not wants_dx:
-        return None, da_RC, db_OR
+        return None, dh_NR
     if w.joined is not None:
         inputs = w.weight_OC.shape[1]
-        return _product(torch.cat([dy_NO, dh_NR], 1), w.joined[:, :inputs], into), da_RC, db_OR
-    return _product(dy_NO, w.weight_OC, into).addmm_(dh_NR, w.a_RC), da_RC, db_OR
+        return _product(torch.cat([dy_NO, dh_NR], 1), w.joined[:, :inputs], into), dh_NR
+    return _product(dy_NO, w.weight_OC, into).addmm_(dh_NR, w.a_RC), dh_NR
+
+
+def backward_of_adapter(
+    dy_NO: torch.Tensor, dh_NR: torch.Tensor | None, x_NC: torch.Tensor, h_NR: torch.Tensor | None, w: Weights,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dA_RC, dB_OR), from the dh of :func:`backward_of_input`; None without a LoRA."""
+    if dh_NR is None:
+        return None, None
+    # The product with few rows is the fast one of the two that give the same matrix.
+    return dh_NR.t() @ x_NC, (h_NR.t() @ dy_NO).t() * w.scale
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:

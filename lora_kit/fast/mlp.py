@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_kit.fast import linear
+from lora_kit.fast import compiled, linear
 
+_KINDS = {"silu": 0, "tanh": 1}
+"""Activations that kernels.c has."""
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
 
 
@@ -42,7 +44,7 @@ class _Node(torch.autograd.Function):
             *inner, down = weights
             outs = [linear.forward(x_NC, w) for w in inner]
             gate_NF, up_NF = _halves([out for out, _ in outs])
-            y_NC, h_NR = linear.forward(_forward(activation, gate_NF).mul_(up_NF), down)
+            y_NC, h_NR = linear.forward(_gated(activation, gate_NF, up_NF), down)
         ctx.activation, ctx.weights = activation, weights
         ctx.save_for_backward(x_NC, h_NR, *(tensor for pair in outs for tensor in pair))
         return y_NC
@@ -54,16 +56,40 @@ class _Node(torch.autograd.Function):
         *inner, down = ctx.weights
         outs, hidden = kept[::2], kept[1::2]
         gate_NF, up_NF = _halves(outs)
-        active_NF = _forward(ctx.activation, gate_NF)
-        dm_NF, *down_grads = linear.backward(dy_NC, active_NF * up_NF, h_NR, down, True)
-        dgate_NF = _backward(ctx.activation, dm_NF * up_NF, gate_NF)
-        dup_NF = dm_NF.mul_(active_NF)
-        douts = [dgate_NF, dup_NF] if len(inner) == 2 else [torch.cat([dgate_NF, dup_NF], 1)]
+        dm_NF, dh_NR = linear.backward_of_input(dy_NC, down)
+        m_NF, douts = _gated_backward(ctx.activation, dm_NF, gate_NF, up_NF, len(inner))
+        down_grads = linear.backward_of_adapter(dy_NC, dh_NR, m_NF, h_NR, down)
         dx_NC, grads = None, []
         for dout, h, w in zip(douts, hidden, inner, strict=True):
             dx_NC, *pair = linear.backward(dout, x_NC, h, w, ctx.needs_input_grad[0], dx_NC)
             grads += pair
         return dx_NC, None, None, *grads, *down_grads
+
+
+def _gated(activation: str, gate_NF, up_NF):
+    """act(gate) · up."""
+    if activation in _KINDS and compiled.serves(gate_NF, up_NF):
+        out_NF = gate_NF.new_empty(gate_NF.shape)
+        compiled.call("gate_forward", gate_NF.dtype, gate_NF, gate_NF.stride(0), up_NF, up_NF.stride(0), out_NF,
+                      *gate_NF.shape, _KINDS[activation])
+        return out_NF
+    return _forward(activation, gate_NF).mul_(up_NF)
+
+
+def _gated_backward(activation: str, dm_NF, gate_NF, up_NF, num_outs: int):
+    """(act(gate) · up once more, [gradients of gate and up], one beside the other where they are one layer's)."""
+    if activation in _KINDS and compiled.serves(dm_NF, gate_NF, up_NF):
+        again_NF, width = torch.empty_like(dm_NF), gate_NF.shape[1]
+        douts = ([torch.empty_like(dm_NF), torch.empty_like(dm_NF)] if num_outs == 2
+                 else [dm_NF.new_empty(len(dm_NF), 2 * width)])
+        dgate_NF, dup_NF = _halves(douts)
+        compiled.call("gate_backward", dm_NF.dtype, dm_NF, gate_NF, gate_NF.stride(0), up_NF, up_NF.stride(0),
+                      dgate_NF, dup_NF, dgate_NF.stride(0), again_NF, *dm_NF.shape, _KINDS[activation])
+        return again_NF, douts
+    active_NF = _forward(activation, gate_NF)
+    again_NF, dgate_NF = active_NF * up_NF, _backward(activation, dm_NF * up_NF, gate_NF)
+    dup_NF = dm_NF.mul_(active_NF)
+    return again_NF, [dgate_NF, dup_NF] if num_outs == 2 else [torch.cat([dgate_NF, dup_NF], 1)]
 
 
 def _halves(outs):

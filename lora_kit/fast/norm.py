@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_kit.fast import cuda
+from lora_kit.fast import compiled, cuda
 from lora_kit.fast.linear import has_hooks
 
 
@@ -31,6 +31,12 @@ class _Node(torch.autograd.Function):
     def forward(ctx, x, weight_C, plus_one, eps):
         with torch.autocast(x.device.type, enabled=False):
             x_NC = x.reshape(-1, x.shape[-1])
+            if compiled.serves(x_NC):
+                x_NC, factor_C = x_NC.contiguous(), weight_C.float() + plus_one
+                y_NC, scale_N1 = torch.empty_like(x_NC), x_NC.new_empty(len(x_NC), 1, dtype=torch.float32)
+                compiled.call("norm_forward", x.dtype, x_NC, factor_C, y_NC, scale_N1, *x_NC.shape, eps)
+                ctx.save_for_backward(x_NC, scale_N1, factor_C)
+                return y_NC.view(x.shape)
             norm_N1 = torch.linalg.vector_norm(x_NC, dim=1, keepdim=True, dtype=torch.float32)
             scale_N1 = torch.rsqrt(norm_N1.square_().div_(x.shape[-1]).add_(eps))
             factor_C = weight_C.float() + 1 if plus_one else weight_C.float()
@@ -42,6 +48,10 @@ class _Node(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x_NC, scale_N1, factor_C = ctx.saved_tensors
+        if compiled.serves(x_NC, dy):
+            dx_NC = torch.empty_like(x_NC)
+            compiled.call("norm_backward", x_NC.dtype, dy.contiguous(), x_NC, scale_N1, factor_C, dx_NC, *x_NC.shape)
+            return dx_NC.view(dy.shape), None, None, None
         dx_NC = dy.reshape(x_NC.shape) * factor_C
         dot_N1 = (dx_NC * x_NC).sum(1, keepdim=True)
         # d(x·scale)/dx: the part of the gradient along x is taken out.
