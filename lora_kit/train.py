@@ -39,6 +39,7 @@ from lora_kit import (
 )
 from lora_kit.errors import StoppedError
 from lora_kit.events import Caution, Note, Progress, tell
+from lora_kit.fast.steady import steady
 from lora_kit.loss import accumulate
 from lora_kit.optimizer import make_optimizer, set_learning_rate
 from lora_kit.recipe import Recipe
@@ -121,7 +122,7 @@ def _train(recipe: Recipe, run: Run, stop: StopSignals) -> Result:
     checkpoints.start_random(recipe.seed)
     stop.note_only()
     start_up = None
-    with tracking:
+    with tracking, steady():
         while True:
             step = state["step"]
             at_end = step == num_steps

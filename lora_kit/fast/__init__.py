@@ -9,7 +9,7 @@ state stay what they are, and :func:`stop_fast` takes it back. Each part has a n
 * ``norm``: RMSNorm as one node;
 * ``attention``: attention of packed rows on a CPU as one node, its backward pass as matrix products, where that
   is the faster way;
-* ``kernels``: what these do element by element, compiled for the CPU;
+* ``kernels``: what these do element by element, and rotary positions, compiled for the CPU;
 * ``loss``: head and cross-entropy in slices;
 * ``prefix``: tokens that all rows of a pass begin with, such as a system prompt, are computed once
   (``packing.packed_batch_of`` makes such batches when it is asked to).
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from lora_kit.fast import attention, compiled, head, linear, mlp, norm
+from lora_kit.fast import attention, compiled, head, linear, mlp, norm, rotary
 from lora_kit.packing import PER_DOCUMENT
 
 
@@ -131,7 +131,10 @@ def _kernels(plain) -> Part:
     if next(plain.parameters()).device.type != "cpu":
         return Part(0, {"the device has kernels of its own": compiled.num_kernels()})
     reason = compiled.use()
-    return Part(0, {reason: compiled.num_kernels()}) if reason else Part(compiled.num_kernels())
+    if reason:
+        return Part(0, {reason: compiled.num_kernels()})
+    rotary.use(plain)
+    return Part(compiled.num_kernels())
 
 
 def _prefix(plain) -> Part:

@@ -202,3 +202,21 @@ void NAME(gradient_of_block)(T *logits, const int64_t *target, size first, const
         if (at >= 0 && at < V) row[at] = STORE(there);
     }
 }
+
+/* Rotary positions: the two halves of every head, turned by the angles of its token, or back with sign -1. */
+void NAME(rotate)(const T *x, size token_stride, size head_stride, const T *cosine, const T *sine, T *out, size N,
+                  size heads, size D, float sign) {
+    size half = D / 2;
+    SHARE
+    for (size row = 0; row < N * heads; row++) {
+        size n = row / heads, h = row % heads;
+        const T *in = x + n * token_stride + h * head_stride, *c = cosine + n * D, *s = sine + n * D;
+        T *to = out + row * D;
+        SIMD
+        for (size d = 0; d < half; d++) {
+            float one = LOAD(in[d]), other = LOAD(in[d + half]);
+            to[d] = STORE(one * LOAD(c[d]) - sign * other * LOAD(s[d]));
+            to[d + half] = STORE(other * LOAD(c[d + half]) + sign * one * LOAD(s[d + half]));
+        }
+    }
+}
