@@ -154,9 +154,17 @@ def train(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run to go on with.", show_default=False)
     ],
-    set_: SetOption = None, runs: RunsOption = _RUNS, fresh: FreshOption = False, debug: DebugOption = False,
+    set_: SetOption = None, runs: RunsOption = _RUNS, fresh: FreshOption = False,
+    num_processes: Annotated[
+        int | None, typer.Option("--num-processes", min=1, help="Processes that train together. Default: the recipe's "
+                                 "launch.num_processes.", show_default=False)] = None,
+    launch: Annotated[
+        Path | None, typer.Option("--launch", help="An accelerate config, in place of the recipe's launch section.",
+                                  show_default=False)] = None,
+    debug: DebugOption = False,
 ) -> None:
     """Train the adapter of a recipe, or go on with an unfinished run."""
+    from lora_kit import launch as launch_module
     from lora_kit import stopwatch
 
     with stopwatch.importing():
@@ -167,14 +175,22 @@ def train(
     if rundir.is_run(recipe) and (set_ or fresh):
         raise RecipeError(f"lora-kit train {recipe}", "goes on with a run, whose recipe does not change",
                           "leave out --set and --fresh, or name the recipe")
+    target = rundir.open_run(recipe) if rundir.is_run(recipe) else _recipe_file_of(recipe, set_)
+    settings = launch_module.settings_of(target.recipe, launch, num_processes)
+    launch_module.take_over_from_srun()
+    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if settings.num_processes > 1 and not is_launched:
+        from lora_kit import launcher
+
+        raise typer.Exit(launcher.launch(settings, launcher.command_again()))
     # Outside of the loop, which saves, nothing is lost: the same command goes on.
     with StopSignals(f"lora-kit train {recipe}", "run the same command again", "stopped before it was done"):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            run = pipeline.train_on_ranks(_recipe_file_of(recipe, set_), runs_dir=runs, fresh=fresh)
+        if is_launched:
+            run = pipeline.train_on_ranks(recipe if rundir.is_run(recipe) else target, runs_dir=runs, fresh=fresh)
         elif rundir.is_run(recipe):
-            run = pipeline.continue_run(rundir.open_run(recipe), until="train")
+            run = pipeline.continue_run(target, until="train")
         else:
-            run = pipeline.run_recipe(_recipe_file_of(recipe, set_), runs_dir=runs, until="train", fresh=fresh)
+            run = pipeline.run_recipe(target, runs_dir=runs, until="train", fresh=fresh)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(f"adapter: {run.stage_dir('train') / 'adapter'}")
 
@@ -195,12 +211,24 @@ def run(
     typer.echo(f"run {opened.path}")
     if not pipeline.owed(opened):
         typer.echo("nothing to do: every stage is done")
+    elif opened.recipe.launch.num_processes > 1 and "train" in pipeline.owed(opened):
+        _train_in_several(opened)
     try:
         pipeline.continue_run(opened, inconclusive=inconclusive)
     except (GateFailed, GateInconclusive):
         _finish(opened)
         raise
     _finish(opened)
+
+
+def _train_in_several(opened) -> None:
+    """Train in the recipe's several processes, which end when it is done; every later stage uses one."""
+    from lora_kit import launch, launcher
+
+    code = launcher.launch(launch.settings_of(opened.recipe, None, None),
+                           [sys.executable, "-m", "lora_kit.cli", "train", str(opened.path)])
+    if code:
+        raise typer.Exit(code)
 
 
 def _finish(opened) -> None:
@@ -531,8 +559,9 @@ def _report(error: BaseException, debug: bool) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, LoraKitError):
-        for line in error.lines():
-            typer.echo(line, err=True)
+        rank = int(os.environ.get("RANK", "0"))
+        for line in error.lines() if rank == 0 or error.exit_code != 75 else ():  # the first says that all stopped
+            typer.echo(f"process {rank}: {line}" if rank else line, err=True)
         return error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         typer.echo("lora-kit: out of memory; lower train.micro_batch_size or data.max_tokens", err=True)

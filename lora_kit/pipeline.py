@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_kit import baseline, hardware, prepared, quantizers, rundir, sources, stopwatch, suite
+from lora_kit import baseline, hardware, prepared, quantizers, ranks, rundir, sources, stopwatch, suite
 from lora_kit.errors import BY_EXIT_CODE, GateFailed, GateInconclusive, LoraKitError, ModelError, RecipeError
 from lora_kit.events import Note, StageFinished, StageSkipped, StageStarted, tell
 from lora_kit.recipe import IDENTITY
@@ -421,39 +422,51 @@ def _adapter_at(path: Path) -> Artifact:
                     tokenizer=base["tokenizer"], size_bytes=weight_bytes(path))
 
 
-def train_on_ranks(recipe_file: RecipeFile, *, runs_dir: Path, fresh: bool = False) -> Run:
+def train_on_ranks(target: RecipeFile | Path, *, runs_dir: Path, fresh: bool = False) -> Run:
     """Train as one of several launched processes: the first opens the run and prepares the data for all.
 
+    Args:
+        target: a recipe, or the folder of a run to go on with.
+
     Raises:
-        LoraKitError: what stopped the first process, in every process.
+        LoraKitError: what stopped the first process, in every process; or this process.
+        StoppedError: another process is gone.
     """
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     state = PartialState(cpu=not torch.accelerator.is_available())
-    told: list[Any] = [None, None]
+    told: list[Any] = [None, None, None]
     run = None
     if state.is_main_process:
         try:
-            run = open_for(recipe_file, runs_dir, fresh=fresh)
+            run = rundir.open_run(target) if isinstance(target, Path) else open_for(target, runs_dir, fresh=fresh)
             tell(Note(text=f"run {run.path}"))
             continue_run(run, until="data")
             _set_aside_if_stale(_stage("train"), run)
-            told = [str(run.path), None]
+            with rundir.writing(run.path):
+                told = [str(run.path), str(ranks.folder_of(run.path, secrets.token_hex(4))), None]
         except LoraKitError as error:
-            told = [None, (error.exit_code, error.where, error.what, error.todo)]
+            told = [None, None, (error.exit_code, error.where, error.what, error.todo)]
     broadcast_object_list(told)
-    if told[1] is not None:
-        code, where, what, todo = told[1]
+    if told[2] is not None:
+        code, where, what, todo = told[2]
         raise BY_EXIT_CODE[code](where, what, todo)
-    if run is None:
-        run = rundir.open_run(Path(told[0]))
-        if _why_owed(_stage("train"), run) is not None:
-            importlib.import_module("lora_kit.train").stage(run.recipe, run)
-    else:
-        continue_run(run, until="train")
-    state.wait_for_everyone()
+    watched = ranks.Ranks(Path(told[1]), state.process_index, state.num_processes)
+    try:
+        if run is None:
+            run = rundir.open_run(Path(told[0]))
+            if _why_owed(_stage("train"), run) is not None:
+                importlib.import_module("lora_kit.train").stage(run.recipe, run)
+        else:
+            continue_run(run, until="train")
+        state.wait_for_everyone()
+    except BaseException as error:
+        explained = watched.explain(error)
+        watched.end(getattr(explained, "exit_code", 70))
+        raise explained from error
+    watched.end(0)
     return run
 
 

@@ -58,13 +58,6 @@ def precision_of(accelerator) -> str:
     return {"bf16": "bf16", "fp16": "fp16"}.get(accelerator.mixed_precision, "fp32")
 
 
-def check_split(settings: TrainSection, num_processes: int) -> None:
-    if settings.batch_size % num_processes:
-        below = settings.batch_size // num_processes * num_processes
-        raise RecipeError("train.batch_size", f"{settings.batch_size} examples cannot be shared by {num_processes} "
-                          "processes", f"use {below or num_processes} or {below + num_processes}")
-
-
 def shard_model(net) -> None:
     """FSDP2 over all processes: each decoder layer, then the rest."""
     from torch.distributed.fsdp import fully_shard

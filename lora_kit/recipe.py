@@ -281,6 +281,9 @@ class TrainSection(Section):
     fast path, with those of the same rows one by one through plain peft, on this model. Packing or the fast path is
     switched off where it differs; padded rows that differ by more than rounding are an error in fp32, else a caution.
     auto: when that costs under 2 % of the run."""
+    rehearse: bool = True
+    """Before the first step, do the largest training pass, the largest held-out pass and a checkpoint for real, so that
+    what does not fit into memory or on the disk is told in the first minute, with what would fit."""
     fast: Annotated[
         list[FastPart], BeforeValidator(_as_list), _one_or_many({"enum": list(get_args(FastPart)), "type": "string"})
     ] = ["auto"]
@@ -415,6 +418,21 @@ class CostSection(Section):
     """Requests expected a day: gives the day at which inference has cost more than training."""
 
 
+class LaunchSection(Section):
+    """The processes that train together, as `lora-kit train` starts them; named as in an accelerate config."""
+
+    num_processes: Count = 1
+    """Processes over all machines. The batch is shared by them: `train.batch_size` must be a multiple."""
+    num_machines: Count = 1
+    """Machines; on each of them the same command is given, with its own `machine_rank`."""
+    machine_rank: Annotated[int, Field(ge=0), _NumberOnly] = 0
+    """Number of this machine, from 0."""
+    main_process_ip: str | None = None
+    """Address of machine 0, for several machines."""
+    main_process_port: Annotated[int, Field(gt=0, lt=65536), _NumberOnly] | None = None
+    """A free port of machine 0, for several machines."""
+
+
 class Recipe(Section):
     """One recipe."""
 
@@ -428,6 +446,7 @@ class Recipe(Section):
     data: DataSection
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
+    launch: LaunchSection = LaunchSection()
     merge: MergeSection = MergeSection()
     quantize: Annotated[list[QuantizeForm], BeforeValidator(_as_list)] = []
     """Quantized forms to make, each from the merged 16-bit model."""

@@ -14,6 +14,7 @@ from typing import Any
 from lora_kit import checkpoint
 from lora_kit.errors import RefusedError
 from lora_kit.events import Caution, Note, tell
+from lora_kit.rundir import Run
 from lora_kit.training_log import TrainingLog
 
 _OF_CHECKPOINT = ("random", "log", "scaler")
@@ -25,13 +26,12 @@ class Resume:
     Args:
         named: (name, parameter) of what is trained.
         optimizer: accelerate's.
-        run_id: what only checkpoints of this run have in common.
+        run: of which the checkpoints are, held by the main process.
     """
 
-    def __init__(self, work: Path, named, optimizer, log: TrainingLog, accelerator, run_id: str) -> None:
-        self.folder = work / "checkpoints"
+    def __init__(self, run: Run, named, optimizer, log: TrainingLog, accelerator) -> None:
+        self.run, self.folder, self.run_id = run, run.work("train") / "checkpoints", run.uid
         self.named, self.optimizer, self.log, self.accelerator = named, optimizer, log, accelerator
-        self.run_id = run_id
         self.found: checkpoint.Checkpoint | None = None
         self.at: tuple | None = None
 
@@ -116,6 +116,7 @@ class Resume:
             return
         tensors, values = self.content(state, taken)
         if self.accelerator.is_main_process:
+            self.run.check_held()
             checkpoint.save(self.folder, state["step"], tensors, values, run_id=self.run_id,
                             keep_steps={state["best_step"]} - {None})
         self.at = _position(state)

@@ -16,6 +16,8 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +32,8 @@ from lora_kit.types import Artifact
 
 IN_PLACE = ("train",)
 _RUN_ID = re.compile(r"^\d{8}-\d{6}-[0-9a-f]{4}$")
+BEAT_SECONDS, STALE_SECONDS = 5.0, 60.0
+"""How often a holder renews its sign, and after how long without one a holder on another machine counts as dead."""
 _CHECK_TODO = "make the folder writable, free space, or choose another with --runs"
 
 
@@ -131,7 +135,11 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for writing; MachineError at once when another process holds it."""
+        """Hold the run for writing; MachineError at once when another process holds it.
+
+        Two things hold it: the operating system's lock, which goes with the process, and, for machines among which
+        that lock does not work, the time of run.lock, which the holder renews every few seconds.
+        """
         path = self.path / "run.lock"
         with writing(path):
             file = open(path, "a+")
@@ -139,23 +147,89 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise MachineError(str(self.path), f"is in use by {holder}", "wait for it or stop it") from None
+                raise MachineError(str(self.path), f"is in use by {_holder_text(_read_holder(file))}",
+                                   "wait for it or stop it") from None
             except OSError as error:
                 raise MachineError(str(path), f"cannot be locked ({error.strerror or error})",
                                    "choose a folder on a disk that has file locks with --runs") from None
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-            file.flush()
+            self._refuse_if_beating(path, _read_holder(file))
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(),
+                      "since": time.strftime("%Y-%m-%d %H:%M:%S"), "token": secrets.token_hex(8)}
+            with writing(path):
+                file.truncate(0)
+                file.write(json.dumps(holder))
+                file.flush()
+            self._token, over = holder["token"], threading.Event()
+            threading.Thread(target=_beat, args=(path, holder["token"], over), daemon=True).start()
             try:
                 yield
             finally:
-                file.truncate(0)
+                over.set()
+                self._token = None
+                if _token_in(path) == holder["token"]:
+                    file.truncate(0)
                 # Closing alone would not do: a process forked meanwhile still holds the open file.
                 fcntl.flock(file, fcntl.LOCK_UN)
         finally:
             file.close()
+
+    _token: str | None = None
+
+    def check_held(self) -> None:
+        """MachineError when another process has taken over a run that this one had locked, taking it for dead."""
+        if self._token is not None and _token_in(self.path / "run.lock") != self._token:
+            raise MachineError(str(self.path), "was taken over by another process while this one gave no sign",
+                               "leave the run to that one")
+
+    def _refuse_if_beating(self, path: Path, holder: dict[str, Any]) -> None:
+        """Raise for a holder on another machine that has given a sign of late; one on this machine is dead."""
+        if not holder or holder.get("machine") == _machine():
+            return
+        with writing(path), tempfile.TemporaryFile(dir=path.parent) as now:
+            # Both times are the file server's, whatever the clocks of the machines say.
+            age = os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+        if age < STALE_SECONDS:
+            raise MachineError(str(self.path), f"is in use by {_holder_text(holder)}, which gave a sign "
+                               f"{max(0, age):.0f} s ago", f"wait for it or stop it; {STALE_SECONDS:.0f} s after its "
+                               "last sign it counts as dead")
+
+
+def _beat(path: Path, token: str, over: threading.Event) -> None:
+    """Renew the time of ``path`` until ``over``, or until another process has taken it."""
+    while not over.wait(BEAT_SECONDS):
+        with suppress(OSError):
+            if _token_in(path) != token:
+                return
+            os.utime(path)
+
+
+def _token_in(path: Path) -> str | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["token"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_holder(file) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _holder_text(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"pid {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+
+
+def _machine() -> str:
+    """What tells one running system from another; containers of one system share its locks."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
 
 
 def create(runs_dir: Path, recipe_file: RecipeFile, resolved: dict[str, Any]) -> Run:

@@ -11,7 +11,7 @@ from lora_kit import packing, stopwatch, tokens
 from lora_kit.ledger import check_batch, padded_tokens
 from lora_kit.loss import loss_sum
 from lora_kit.recipe import TrainSection
-from lora_kit.types import Batch
+from lora_kit.types import Batch, Example
 
 
 class Shares:
@@ -39,13 +39,27 @@ class Shares:
     def batch_of(self, micro: Sequence[int], examples: tokens.ExampleFile) -> Batch:
         """One forward pass, recounted: InternalError when it trains on other than what the token files say."""
         chosen = [examples[row] for row in micro]
-        if self.budget is None:
-            batch = tokens.batch_of(chosen, 0, self.accelerator.device)
-        else:
-            batch = packing.packed_batch_of(chosen, self.accelerator.device, self.share_prefix)
+        batch = self.batch_of_examples(chosen)
         check_batch(batch, num_trained=sum(map(examples.num_trained, micro)),
                     num_tokens=sum(map(examples.length, micro)), origins=[example.origin for example in chosen])
         return batch
+
+    def batch_of_examples(self, chosen: Sequence[Example]) -> Batch:
+        """One forward pass of ``chosen``, packed or padded as this training does."""
+        if self.budget is None:
+            return tokens.batch_of(chosen, 0, self.accelerator.device)
+        return packing.packed_batch_of(chosen, self.accelerator.device, self.share_prefix)
+
+    def size_of(self, micro: Sequence[int], examples: tokens.ExampleFile) -> int:
+        """Tokens of a pass, padding included."""
+        return self._size([examples.length(row) for row in micro])
+
+    def size_of_examples(self, chosen: Sequence[Example]) -> int:
+        """As :meth:`size_of`, of examples."""
+        return self._size([len(example.tokens_T) for example in chosen])
+
+    def _size(self, lengths: Sequence[int]) -> int:
+        return sum(lengths) if self.budget is not None else len(lengths) * max(lengths, default=0)
 
 
 @stopwatch.part("held-out loss")

@@ -20,7 +20,7 @@ from typing import Any
 from lora_kit.units import seconds_text
 
 IMPORTS = "imports"
-BESIDE = ("matrix ceiling", "proof", "held-out loss", "compile")
+BESIDE = ("matrix ceiling", "proof", "held-out loss", "compile", "rehearsal")
 """Parts that are told beside the start: they measure, prove or prepare, and can be switched off."""
 _OTHER = "other"
 

@@ -28,6 +28,7 @@ from lora_kit import (
     divergence,
     flops,
     isolate,
+    launch,
     libraries,
     model,
     preparation,
@@ -43,6 +44,7 @@ from lora_kit.fast.steady import steady
 from lora_kit.loss import accumulate
 from lora_kit.optimizer import make_optimizer, set_learning_rate
 from lora_kit.recipe import Recipe
+from lora_kit.rehearsal import rehearse, telling_of_memory
 from lora_kit.resume import Resume
 from lora_kit.rundir import Run, writing
 from lora_kit.schedule import count_steps, learning_rate_at, save_interval
@@ -69,9 +71,10 @@ def stage(recipe: Recipe, run: Run) -> Result:
         ModelError: rows in one pass teach something else than one by one (``train.prove``).
         InternalError: a batch is not what the token files say, or accumulation weighs rows wrongly.
         RecipeError: the batch cannot be split over the processes.
+        MachineError: out of memory, with what to lower; no disk; another process has taken over the run.
     """
     todo = "run the same command again" if processes.num_launched() > 1 else f"go on with: lora-kit train {run.path}"
-    with StopSignals(str(run.path), todo) as stop:
+    with StopSignals(str(run.path), todo) as stop, telling_of_memory(recipe):
         return _train(recipe, run, stop)
 
 
@@ -87,7 +90,7 @@ def _train(recipe: Recipe, run: Run, stop: StopSignals) -> Result:
     train_rows = tokens.read_examples(data_dir, "train")
     held_out_rows = tokens.read_examples(data_dir, "held_out")
     num_steps = count_steps(settings, len(train_rows))
-    processes.check_split(settings, accelerator.num_processes)
+    launch.check_split(settings.batch_size, accelerator.num_processes)
 
     libraries.import_for_training(recipe, run.resolved["base"]["artifact"]["path"])
     net = model_with_adapter(recipe, run, accelerator, train_rows)
@@ -98,12 +101,11 @@ def _train(recipe: Recipe, run: Run, stop: StopSignals) -> Result:
     optimizer = accelerator.prepare_optimizer(make_optimizer(named, settings, accelerator.device.type))
     wrapped = net if settings.shard == "fsdp" and accelerator.num_processes > 1 else accelerator.prepare_model(net)
     log = TrainingLog(work, accelerator)
-    checkpoints = Resume(work, named, optimizer, log, accelerator, run.uid)
+    checkpoints = Resume(run, named, optimizer, log, accelerator)
     state: dict[str, Any] = checkpoints.find({
         "step": 0, "evaluated": None, "best_loss": None, "best_step": None, "held_out_before": None,
         "train_seconds": 0.0, "tokens_total": 0, "trained_tokens": 0, "tokens_padded": 0, "flops": 0,
         "recent_losses": [], "spikes": [], "start_sha256": adapters.sha256_of(adapters.adapter_tensors(net))})
-    checkpoints.load()
     tracking = trackers.start(accelerator, recipe, run.path.name, work)
     save_every = save_interval(settings, num_steps)
     cost, ceiling = flops.count(net), flops.ceiling_of_all(accelerator, processes.precision_of(accelerator))
@@ -117,7 +119,14 @@ def _train(recipe: Recipe, run: Run, stop: StopSignals) -> Result:
         done = f"stopped after step {state['step']} of {num_steps}, checkpoint saved"
         raise StoppedError(stop.where, done, stop.todo)
 
-    batches = tokens.stream_of_batches(len(train_rows), settings.batch_size, recipe.seed, state["step"])
+    def batches_from(step: int):
+        return tokens.stream_of_batches(len(train_rows), settings.batch_size, recipe.seed, step)
+
+    rehearsed = rehearse(recipe, wrapped, trainable, optimizer.optimizer, checkpoints, state,
+                         batches_from(state["step"]), num_steps - state["step"], shares, train_rows, held_out_rows,
+                         accelerator, work) if settings.rehearse and state["step"] < num_steps else None
+    checkpoints.load()
+    batches = batches_from(state["step"])
     wrapped.train()
     checkpoints.start_random(recipe.seed)
     stop.note_only()
@@ -223,6 +232,7 @@ def _train(recipe: Recipe, run: Run, stop: StopSignals) -> Result:
             "tokens_total": state["tokens_total"], "num_trainable_params": num_trainable, "num_params": num_params,
             "precision": processes.precision_of(accelerator), "device": str(accelerator.device),
             "num_processes": accelerator.num_processes, "threads": torch.get_num_threads(), **prepared,
+            "rehearsal": rehearsed,
             "tokens_padded": state["tokens_padded"], "stops": stops, "start": start_up,
             "flops": state["flops"] or None, "ceiling_flops_per_second": ceiling,
         },

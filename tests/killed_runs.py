@@ -10,6 +10,7 @@ Writes below the folder that it is given. Forks, so: Linux, one thread, nothing 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import select
@@ -171,6 +172,7 @@ def _train(recipe: Path, runs: Path, say: Callable[[str], Any], cut: Cut | None)
     sys.addaudithook(watch)
     with events.listening(listen):
         pipeline.run_recipe(tiny_run.read(recipe), runs_dir=runs, until="train")
+    say("done")
 
 
 def ending(runs: Path) -> dict[str, str]:
@@ -256,13 +258,27 @@ def draw_cut(stratum: str, reference: Reference, number: int, rng: random.Random
         place = lived.said.index((chosen, lived.moment(chosen)))
         return Cut(after=chosen, seconds=rng.uniform(0, lived.said[place + 1][1] - lived.said[place][1]))
     if stratum == "save boundary":
-        # Each boundary in turn, those of a save that replaces older checkpoints (the last has the most operations).
-        save = number % len(reference.operations)
-        return Cut(after=f"save {save + 1}", boundary=number // len(reference.operations) % reference.operations[save])
+        # Each boundary in turn, of the save that is the first to remove an older checkpoint.
+        return Cut(after="save 3", boundary=number % reference.operations[2])
     if stratum == "save":
         save = rng.randint(1, len(reference.operations))
         saved = f"saved {save} after {reference.operations[save - 1]} operations"
         return Cut(after=f"save {save}", seconds=rng.uniform(0, lived.moment(saved) - lived.moment(f"save {save}")))
     assert stratum == "last step", stratum
     return Cut(after=f"step {STEPS}",
-               seconds=rng.uniform(0, (lived.said[-1][1] - lived.moment(f"step {STEPS}")) * 1.5))
+               seconds=rng.uniform(0, lived.moment("done") - lived.moment(f"step {STEPS}")))
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m tests.killed_runs FOLDER JSON``: what came of each ``{"kind": ..., "cuts": [...]}``, as JSON."""
+    folder, wanted = Path(arguments[0]), json.loads(arguments[1])
+    import_all()
+    references = {kind: make_reference(folder / kind, kind) for kind in {each["kind"] for each in wanted}}
+    found = [kill_and_go_on(references[each["kind"]], folder / each["kind"] / f"kill-{number}",
+                            [Cut(**cut) for cut in each["cuts"]]) for number, each in enumerate(wanted)]
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

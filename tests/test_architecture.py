@@ -28,11 +28,11 @@ LEVELS = {
        "metrics records rows spool prepared selection ledger overlap schedule tool_calls model_files suite items gates "
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
        "report_proofs scored paired report_items junit eval_checks intervals claims comparison power sequential "
-       "stopwatch",
+       "stopwatch launch ranks",
     2: "merging tensor_files "
        "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check libraries optimizer trackers template_check "
-       "shares processes training_model training_log resume divergence stop_signals",
+       "shares processes training_model training_log resume divergence rehearsal stop_signals launcher",
     3: "score_cache "
        "engines quantizers certificate scoring stop_rate baseline",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight",
@@ -204,6 +204,7 @@ SPEAKERS = {
     "cli": "the command line",
     "terminal": "renders events for it",
     "nursery": "the processes that it forks end where they are forked",
+    "ranks": "a process that waits for one that is gone, in an operation that nothing can interrupt, ends itself",
     "reference": "its main() is a command of its own, for make docs",
 }
 """Modules that may print or end the process -> why."""

@@ -30,7 +30,7 @@ def test_data_memory(tmp_path):
 def test_train_start(tmp_path):
     figures, printed = quick("train_start.py", tmp_path, "--times", "1")
     assert {"imports", "opening the run", "data", "model", "adapter"} <= figures["parts"].keys()
-    assert figures["beside"].keys() == {"proof", "held-out loss", "matrix ceiling"}
+    assert figures["beside"].keys() == {"proof", "held-out loss", "matrix ceiling", "rehearsal"}
     assert figures["start"]["cpu_seconds"] == pytest.approx(
         sum(spent["cpu_seconds"] for spent in figures["parts"].values()), abs=1e-6)
     # By the system's count, which is read a moment later.
@@ -97,3 +97,25 @@ def test_merge(tmp_path):
     assert rows["peft, fp32"]["differing"] < 1e-4 < rows["peft, bf16"]["differing"]
     assert all(row["seconds"] > 0 and row["anonymous_bytes"] > 5e7 for row in rows.values())
     assert "elements unlike lora-kit's" in printed
+
+
+def test_crash(tmp_path):
+    figures, printed = quick("crash.py", tmp_path)
+    assert figures["equal"] == figures["kills"] == 7 and figures["killed"] >= 6
+    assert "7 of 7 ended byte-equal" in printed
+
+
+def test_corrupt(tmp_path):
+    figures, printed = quick("corrupt.py", tmp_path)
+    assert figures["caught"] == figures["mutations"] == 40
+    assert all(kind["changes"] for kind in figures["kinds"].values())
+    assert figures["trained_on_well"] == figures["trained_on"] == 1
+    assert "40 of 40 changes caught" in printed
+
+
+def test_save_time(tmp_path):
+    figures, printed = quick("save_time.py", tmp_path, check=False)  # a tiny model's steps take no time
+    assert figures["saves"] == 6 and figures["checkpoint_bytes"] > 10_000
+    assert figures["share"] == pytest.approx(
+        figures["save_seconds"] / (figures["save_seconds"] + 20 * figures["step_seconds"]))
+    assert "share of time" in printed

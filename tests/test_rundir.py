@@ -239,7 +239,7 @@ def test_a_run_is_free_when_its_holder_died(run, holder):
     holder.kill()
     holder.wait()
     with run.locked():
-        assert f"pid {os.getpid()}" in (run.path / "run.lock").read_text()
+        assert json.loads((run.path / "run.lock").read_text())["pid"] == os.getpid()
     with run.locked():
         pass
 
@@ -255,6 +255,52 @@ def test_a_run_is_refused_to_the_same_process_too(run):
     with run.locked(), pytest.raises(MachineError, match=f"is in use by pid {os.getpid()}"):
         with run.locked():
             pass
+
+
+def on_another_machine(run, seconds_ago: float) -> None:
+    """Leave run.lock as a process on another machine does, whose lock this system does not see."""
+    path = run.path / "run.lock"
+    path.write_text(json.dumps({"pid": 4711, "host": "node7", "machine": "another", "since": "today", "token": "t"}))
+    then = time.time() - seconds_ago
+    os.utime(path, (then, then))
+
+
+def test_a_holder_on_another_machine_is_believed_while_it_gives_signs(run):
+    on_another_machine(run, 20)
+    before = (run.path / "run.lock").read_bytes()
+    started = time.monotonic()
+    with pytest.raises(MachineError, match=r"is in use by pid 4711 on node7 since today, which gave a sign \d+ s ago"):
+        with run.locked():
+            pass
+    assert time.monotonic() - started < 2 and (run.path / "run.lock").read_bytes() == before
+
+
+def test_a_lock_left_by_a_machine_that_is_gone_is_recovered(run):
+    on_another_machine(run, rundir.STALE_SECONDS + 5)
+    with run.locked():
+        assert json.loads((run.path / "run.lock").read_text())["pid"] == os.getpid()
+    assert (run.path / "run.lock").read_text() == ""
+
+
+def test_the_holder_gives_signs(run, monkeypatch):
+    monkeypatch.setattr(rundir, "BEAT_SECONDS", 0.05)
+    with run.locked():
+        path = run.path / "run.lock"
+        os.utime(path, (0, 0))
+        ends = time.monotonic() + 10
+        while path.stat().st_mtime == 0 and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert abs(path.stat().st_mtime - time.time()) < 10
+
+
+def test_a_holder_that_was_taken_for_dead_notices_and_leaves_the_run_alone(run):
+    with run.locked():
+        run.check_held()
+        on_another_machine(run, 0)
+        with pytest.raises(MachineError, match="was taken over by another process"):
+            run.check_held()
+    assert json.loads((run.path / "run.lock").read_text())["pid"] == 4711  # not wiped at the end either
+    run.check_held()  # not held: nothing to lose
 
 
 def test_a_disk_without_locks_is_not_called_in_use(run, monkeypatch):
