@@ -24,8 +24,10 @@ from lora_kit.rundir import write_text
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 30.0
-GRACE_SECONDS = 15.0
+GRACE_SECONDS = 10.0
 """After another process has ended, how long this one may take to end by itself, saving what it has."""
+_FEW = 16
+"""Up to so many all watch all; of more the first watches all and is watched by all, to spare the disk."""
 _STOPPED = 75
 
 
@@ -38,6 +40,7 @@ class Ranks:
 
     def __init__(self, folder: Path, rank: int, number: int) -> None:
         self.folder, self.rank, self.number = folder, rank, number
+        self.watched = [other for other in (range(number) if rank == 0 or number <= _FEW else [0]) if other != rank]
         self._over = threading.Event()
         self._launcher = int(os.environ.get("LORA_KIT_LAUNCHER_PID", "0"))
         self._asked = False
@@ -52,11 +55,9 @@ class Ranks:
             self._write(code)
 
     def gone(self) -> str | None:
-        """What is known of the first other process that ended badly or gives no sign; None while all live."""
+        """What is known of the first watched process that ended badly or gives no sign; None while all live."""
         now = self._time_of(self.rank)
-        for rank in range(self.number):
-            if rank == self.rank:
-                continue
+        for rank in self.watched:
             code, last = self._code_of(rank), self._time_of(rank)
             if code:
                 return f"process {rank} ended with {code}"

@@ -207,6 +207,14 @@ def pair(tmp_path, monkeypatch):
         each._over.set()
 
 
+def test_of_many_the_first_watches_all_and_all_watch_the_first(tmp_path):
+    folder = ranks.folder_of(tmp_path, "many")
+    several = [ranks.Ranks(folder, rank, 17) for rank in (0, 5)]
+    assert several[0].watched == list(range(1, 17)) and several[1].watched == [0]
+    for each in several:
+        each.end(0)
+
+
 def test_while_all_live_none_is_gone(pair):
     assert pair[0].gone() is None and pair[1].gone() is None
 
