@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_kit import fast, packing, proof, stopwatch, tokens
+from lora_kit import choices, fast, hardware, packing, proof, stopwatch, tokens
 from lora_kit.errors import InternalError, ModelError
 from lora_kit.events import Caution, Note, tell
 from lora_kit.recipe import FAST_PARTS, Recipe, TrainSection
@@ -105,7 +105,7 @@ def _look_at_proof(packed: dict[str, Any], is_exact: bool) -> None:
 
 def _use_fast(net, parts: list[str], proven: proof.Proof | None, is_packed: bool, quick: dict[str, Any],
               lengths: list[int]) -> None:
-    used = fast.use_fast(net, parts, lengths)
+    used = _chosen_once(net, parts, lengths)
     quick["parts"] = {name: {"modules": part.num_modules, "left": part.left} for name, part in used.items()}
     if not any(part.num_modules for part in used.values()):
         quick["why_not"] = "no part of it fits this model"
@@ -123,6 +123,26 @@ def _use_fast(net, parts: list[str], proven: proof.Proof | None, is_packed: bool
     for name, part in used.items():
         for reason, number in part.left.items():
             tell(Note(text=f"the plain path serves {number} {_NOUNS[name]}: {reason}"))
+
+
+def _chosen_once(net, parts: list[str], lengths: list[int]) -> dict[str, fast.Part]:
+    """``fast.use_fast``, where what is timed for these ``lengths`` is timed once on this machine."""
+    if not lengths or "attention" not in parts:
+        return fast.use_fast(net, parts, lengths)
+    import torch
+
+    config = net.get_base_model().config.get_text_config()
+    asked = {"what": "attention", "kernels": "kernels" in parts, "lengths": lengths, "heads": config.num_attention_heads,
+             "groups": getattr(config, "num_key_value_heads", None), "size": getattr(config, "head_dim", None),
+             "hidden": config.hidden_size, "dtype": str(net.get_base_model().get_input_embeddings().weight.dtype),
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": hardware.cpu_model()}
+    before = choices.recall(asked)
+    used = fast.use_fast(net, parts, lengths, before)
+    served, slower = used["attention"].num_modules > 0, fast.MEASURED_SLOWER in used["attention"].left
+    if before is None and (served or slower) and choices.keep(asked, served) != served:
+        fast.stop_fast(net)  # another process has timed it meanwhile, and otherwise
+        used = fast.use_fast(net, parts, lengths, not served)
+    return used
 
 
 def _budget(recipe: Recipe, device_type: str, precision: str) -> int:

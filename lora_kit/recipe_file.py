@@ -196,6 +196,10 @@ def _without_effect(recipe: Recipe, values: dict, place: yaml_file.Places) -> li
             place.of(("lora", "init")), f"'lora.init' is '{recipe.lora.init}', which is made from or like the base's "
             f"exact weights, and model.load_in: {recipe.model.load_in} holds rounded ones",
             "set model.load_in: 16bit, or init: eva"))
+    if recipe.model.load_in == "8bit" and recipe.train.shard == "fsdp":
+        # Measured: fully_shard takes the scales of bitsandbytes' 8-bit weights away, and the first pass fails.
+        problems.append(RecipeError(place.of(("train", "shard")), "'fsdp' cannot share weights of load_in: 8bit",
+                                    "set model.load_in: 4bit or 16bit, or train.shard: none"))
     pinned = [(recipe.model.base, recipe.model.sha256, ("model", "sha256"))]
     for part in ("train", "held_out"):
         for at, source in _sources(recipe, values, part):

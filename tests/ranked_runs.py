@@ -134,6 +134,14 @@ def main(arguments: list[str]) -> int:
         assert set(wait(fork(recipe, runs, 2))) == {0}, (runs / "output-0.txt").read_text()[-3000:]
         found[f"stopped {shard}"] = {"codes": stops, "straight": outcome(folder / f"straight-{shard}"),
                                      "gone_on": outcome(runs)}
+    for shard in ("none", "fsdp"):
+        recipe = make_recipe(folder, f"4bit-{shard}", shard=shard, steps=6)
+        text = recipe.read_text()
+        assert '"base": "./model"' in text
+        recipe.write_text(text.replace('"base": "./model"', '"base": "./model", "load_in": "4bit"'))
+        codes = wait(fork(recipe, folder / f"4bit-{shard}", 2))
+        assert set(codes) == {0}, (folder / f"4bit-{shard}" / "output-0.txt").read_text()[-3000:]
+        found[f"4bit {shard}"] = outcome(folder / f"4bit-{shard}")
     # A process that dies, and one that hangs.
     recipe = make_recipe(folder, "lost", save_every=4, steps=400)
     for name, number in (("dead", signal.SIGKILL), ("stopped rank", signal.SIGSTOP)):

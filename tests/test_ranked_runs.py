@@ -35,6 +35,12 @@ def test_an_adapter_of_shared_weights_is_written_whole(found, number):
     assert found[f"fsdp {number}"]["shapes"] == found["none 1"]["shapes"]
 
 
+def test_a_base_in_four_bits_can_be_shared(found):
+    plain, shared = found["4bit none"], found["4bit fsdp"]
+    assert shared["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    assert plain["losses"][-1] < plain["losses"][0] and shared["shapes"] == plain["shapes"]
+
+
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_one_process_is_told_to_stop_and_all_go_on_to_the_same_bytes(found, shard):
     stopped = found[f"stopped {shard}"]

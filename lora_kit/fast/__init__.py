@@ -37,14 +37,18 @@ class Part:
     left: dict[str, int] = field(default_factory=dict)
 
 
-def use_fast(net, parts: Sequence[str], lengths: Sequence[int] = ()) -> dict[str, Part]:
+MEASURED_SLOWER = "torch's own kernels are faster here, as measured"
+
+
+def use_fast(net, parts: Sequence[str], lengths: Sequence[int] = (), faster: bool | None = None) -> dict[str, Part]:
     """Prepare ``net`` (peft's model around one of transformers, not wrapped) with ``parts``; what each did.
 
     ``attention`` wants packing to be in use already (:func:`lora_kit.packing.use_packing`). It is used where it
-    is faster than torch's own kernels on rows of ``lengths`` tokens, which is measured; without lengths it is used.
+    is faster than torch's own kernels on rows of ``lengths`` tokens, which is measured unless ``faster`` says what was
+    measured before; without lengths it is used.
     """
     prepare = {"linear": _linear, "mlp": _mlp, "norm": _norm, "loss": _loss, "prefix": _prefix,
-               "kernels": _kernels, "attention": partial(_attention, lengths=tuple(lengths))}
+               "kernels": _kernels, "attention": partial(_attention, lengths=tuple(lengths), faster=faster)}
     plain = net.get_base_model()
     return {name: prepare[name](plain) for name in parts}
 
@@ -99,7 +103,7 @@ def _norm(plain) -> Part:
     return _served([module for module in plain.modules() if norm.is_candidate(module)], norm.RMSNorm, norm.prepare)
 
 
-def _attention(plain, lengths: tuple[int, ...]) -> Part:
+def _attention(plain, lengths: tuple[int, ...], faster: bool | None) -> Part:
     config = plain.config.get_text_config()
     layers = getattr(config, "num_hidden_layers", 1)
     if config._attn_implementation != PER_DOCUMENT:
@@ -110,8 +114,8 @@ def _attention(plain, lengths: tuple[int, ...]) -> Part:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     dtype = plain.get_input_embeddings().weight.dtype
     groups = getattr(config, "num_key_value_heads", None) or heads
-    if lengths and not attention.is_faster(heads, groups, size, dtype, lengths):
-        return Part(0, {"torch's own kernels are faster here, as measured": layers})
+    if lengths and not (attention.is_faster(heads, groups, size, dtype, lengths) if faster is None else faster):
+        return Part(0, {MEASURED_SLOWER: layers})
     from transformers import AttentionInterface
 
     AttentionInterface.register(attention.NAME, attention.attend)
