@@ -267,6 +267,6 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path, content, told):
 
 def test_weights_in_8_bits_cannot_be_shared():
     text = LEAST.replace("base: ./base\n", "base: ./base\n  load_in: 8bit\n") + "train: {shard: fsdp}\n"
-    assert problems_of(text) == ["mine.yaml:7: 'fsdp' cannot share weights of load_in: 8bit; set model.load_in: 4bit or "
-                                 "16bit, or train.shard: none"]
+    assert problems_of(text) == ["mine.yaml:7: 'fsdp' cannot share weights of load_in: 8bit; set model.load_in: 4bit "
+                                 "or 16bit, or train.shard: none"]
     assert parse(text.replace("8bit", "4bit")).recipe.train.shard == "fsdp"
