@@ -132,10 +132,12 @@ def _chosen_once(net, parts: list[str], lengths: list[int]) -> dict[str, fast.Pa
     import torch
 
     config = net.get_base_model().config.get_text_config()
-    asked = {"what": "attention", "kernels": "kernels" in parts, "lengths": lengths, "heads": config.num_attention_heads,
-             "groups": getattr(config, "num_key_value_heads", None), "size": getattr(config, "head_dim", None),
-             "hidden": config.hidden_size, "dtype": str(net.get_base_model().get_input_embeddings().weight.dtype),
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": hardware.cpu_model()}
+    asked = {
+        "what": "attention", "kernels": "kernels" in parts, "lengths": lengths, "heads": config.num_attention_heads,
+        "groups": getattr(config, "num_key_value_heads", None), "size": getattr(config, "head_dim", None),
+        "hidden": config.hidden_size, "dtype": str(net.get_base_model().get_input_embeddings().weight.dtype),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": hardware.cpu_model(),
+    }
     before = choices.recall(asked)
     used = fast.use_fast(net, parts, lengths, before)
     served, slower = used["attention"].num_modules > 0, fast.MEASURED_SLOWER in used["attention"].left
