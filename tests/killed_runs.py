@@ -142,12 +142,14 @@ def _train(recipe: Path, runs: Path, say: Callable[[str], Any], cut: Cut | None)
     state = {"saves": 0, "operations": 0, "counting": False}
     save, evaluate = checkpoint.save, train.evaluate_loss
 
-    def watched_save(*arguments, **options):
+    def watched_save(place, *arguments, **options):
+        if place.name == ".rehearsal":
+            return save(place, *arguments, **options)
         state["saves"] += 1
         say(f"save {state['saves']}")
         state["operations"], state["counting"] = 0, True
         try:
-            return save(*arguments, **options)
+            return save(place, *arguments, **options)
         finally:
             state["counting"] = False
             say(f"saved {state['saves']} after {state['operations']} operations")
