@@ -9,10 +9,27 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
+
+from lora_kit import cli_plan
+from lora_kit.cli_options import RUNS as _RUNS
+from lora_kit.cli_options import (
+    AgainOption,
+    DebugOption,
+    FreshOption,
+    InconclusiveOption,
+    NoDepsOption,
+    RecipeArgument,
+    RunArgument,
+    RunsOption,
+    SetOption,
+    TargetArgument,
+)
+from lora_kit.cli_options import terminal as _terminal
+from lora_kit.cli_plan import show_ledger
 
 
 class _Verbs(TyperGroup):
@@ -29,35 +46,6 @@ app = typer.Typer(
     rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
     help="One recipe in, a fine-tuned model you can trust out.",
 )
-
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
-RunArgument = Annotated[
-    Path | None, typer.Argument(metavar="RUN", help="A run folder. Default: the newest.", show_default=False)
-]
-TargetArgument = Annotated[
-    str | None, typer.Argument(
-        metavar="RUN|ARTIFACT", show_default=False,
-        help="A run, RUN/ARTIFACT, a model or adapter folder, or a .gguf file. Default: the newest run.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.steps=10. Repeatable."),
-]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
-NoDepsOption = Annotated[
-    bool, typer.Option("--no-deps", help="An owed earlier stage is an error instead of being run.")
-]
-AgainOption = Annotated[bool, typer.Option("--again", help="Do the stage again even when it is done.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run even when one can go on.")]
-InconclusiveOption = Annotated[
-    Literal["pass", "fail"] | None,
-    typer.Option(show_default=False, help="What a gate that cannot be decided counts as. Default: neither, exit code "
-                 "3.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
-
-_RUNS = Path("runs")
-
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -97,26 +85,7 @@ def init(
     typer.echo(f"wrote {path}; next: lora-kit plan {path}")
 
 
-@app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, debug: DebugOption = False) -> None:
-    """Check a recipe and show what it will do: rows, tokens, steps."""
-    from lora_kit import pipeline, prepared
-    from lora_kit.events import Note, tell
-    from lora_kit.plan import make_plan
-    from lora_kit.recipe_file import read_recipe
-
-    recipe_file = read_recipe(recipe, set_ or ())
-    base = pipeline.check(recipe_file)
-    found = prepared.find(recipe_file.recipe, recipe_file.folder, base)
-    if not found.exists:
-        from lora_kit import data
-
-        tell(Note(text="preparing the data, once"))
-        data.prepare(recipe_file.recipe, found, base)
-    made = make_plan(recipe_file.recipe, found, base)
-    _show_ledger(made.ledger)
-    _terminal.table("\nplan", ("", ""), made.rows())
-    typer.echo(f"\nnext: lora-kit run {recipe}")
+app.command()(cli_plan.plan)
 
 
 @app.command()
@@ -140,7 +109,7 @@ def data(
     found = prepared.find(recipe_file.recipe, recipe_file.folder, base)
     data_module.prepare(recipe_file.recipe, found, base)
     ledger = found.ledger()
-    _show_ledger(ledger)
+    show_ledger(ledger)
     for title, columns, rows in data_view.tables(ledger, found.overlap(recipe_file.recipe)):
         _terminal.table(f"\n{title}", columns, rows)
     typer.echo(f"\n{data_view.lines(ledger, found.folder)}")
@@ -283,6 +252,9 @@ def bench(
     if point.why_not:
         raise MachineError(f"bench {target}", "nothing was measured", point.why_not)
     _terminal.table("", bench_module.COLUMNS, [bench_module.row_of(point)])
+
+
+app.command(name="bench compare")(cli_plan.bench_compare)
 
 
 @app.command(name="eval")
@@ -457,45 +429,6 @@ def _recipe_file_of(recipe: Path, set_: list[str] | None):
     return read_recipe(recipe, set_ or ())
 
 
-def _show_ledger(found: dict[str, Any]) -> None:
-    from lora_kit import ledger
-
-    splits = [split.replace("_", " ") for split in found["splits"]]
-    _terminal.table("ledger", ("", *splits), ledger.split_rows(found))
-    if found["reasons"]:
-        _terminal.table("\nreasons", ledger.REASON_COLUMNS, ledger.reason_rows(found))
-
-
-class _LazyTerminal:
-    """The terminal, made when the first event or table comes: rich is not imported for ``--help``."""
-
-    def __init__(self) -> None:
-        self.terminal = None
-
-    def __call__(self, event) -> None:
-        self._made()(event)
-
-    def table(self, *arguments) -> None:
-        self._made().table(*arguments)
-
-    def marked(self, *arguments) -> None:
-        self._made().marked(*arguments)
-
-    def close(self) -> None:
-        if self.terminal is not None:
-            self.terminal.close()
-
-    def _made(self):
-        if self.terminal is None:
-            from lora_kit.terminal import Terminal
-
-            self.terminal = Terminal()
-        return self.terminal
-
-
-_terminal = _LazyTerminal()
-
-
 def main() -> None:
     """Run the command line and exit with DESIGN's exit code; no traceback reaches a user without ``--debug``."""
     from lora_kit import events, stopwatch
@@ -564,7 +497,7 @@ def _report(error: BaseException, debug: bool) -> int:
             typer.echo(f"process {rank}: {line}" if rank else line, err=True)
         return error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        typer.echo("lora-kit: out of memory; lower train.micro_batch_size or data.max_tokens", err=True)
+        typer.echo("lora-kit: out of memory; lower train.pack_tokens or data.max_tokens", err=True)
         return 6
     if isinstance(error, OSError):
         typer.echo(f"{error.filename or 'lora-kit'}: {error.strerror or error}; check space and permissions", err=True)

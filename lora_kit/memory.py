@@ -1,13 +1,14 @@
 """Bytes and operations of training and inference, as arithmetic over ``config.json``.
 
 Training holds weights, adapter, gradients, optimizer states and activations; inference
-holds weights and KV cache. The report sets these terms beside what was measured, and they
-are all exact counts of tensors, except activations, which are not predicted here: the
-report shows what is left of the measured peak. Dense decoder models of the Llama layout
-(grouped-query attention, tied or untied head). Torch-free; reads and writes nothing.
+holds weights and KV cache. All of this page are exact counts of tensors;
+activations are in ``activations.py``, and ``footprint.py`` puts a process together from both.
+Decoder models of the Llama layout (grouped-query attention, tied or untied head, sliding windows), dense
+or with experts. Torch-free; reads and writes nothing.
 
 Letters in the formulas: V vocabulary, H hidden size, F feed-forward size, L layers,
-A attention heads, K key-value heads, D head size, r LoRA rank, C tokens attended to.
+A attention heads, K key-value heads, D head size, r LoRA rank, C tokens attended to,
+E experts, M size of an expert.
 """
 
 from __future__ import annotations
@@ -18,20 +19,28 @@ from typing import Any
 from lora_kit.errors import ModelError
 from lora_kit.recipe import LoraSection
 
-# model_type -> (norms of size H in a layer, norms over D on queries and keys, bias on q/k/v, bias on o, tied
-# when config.json does not say). Read in transformers 5.23's modeling_<model_type>.py; a bias of None is the
-# configuration's attention_bias.
-_FAMILIES: dict[str, tuple[int, bool, bool | None, bool | None, bool]] = {
-    "llama": (2, False, None, None, False),
-    "mistral": (2, False, False, False, False),
-    "granite": (2, False, None, None, False),
-    "smollm3": (2, False, None, None, True),
-    "qwen2": (2, False, True, False, False),
-    "qwen3": (2, True, None, None, False),
-    "gemma": (2, False, None, None, True),
-    "gemma2": (4, False, None, None, True),
-    "gemma3_text": (4, True, None, None, True),
+# model_type -> (norms of size H in a layer, norms on queries and keys, bias on q/k/v, bias on o, tied when config.json
+# does not say). Read in transformers 5.24's modeling_<model_type>.py; a bias of None is the configuration's
+# attention_bias; the norms are over a head, or over all heads together.
+_FAMILIES: dict[str, tuple[int, str, bool | None, bool | None, bool]] = {
+    "llama": (2, "", None, None, False),
+    "mistral": (2, "", False, False, False),
+    "granite": (2, "", None, None, False),
+    "smollm3": (2, "", None, None, True),
+    "qwen2": (2, "", True, False, False),
+    "qwen3": (2, "head", None, None, False),
+    "gemma": (2, "", None, None, True),
+    "gemma2": (4, "", None, None, True),
+    "gemma3_text": (4, "head", None, None, True),
+    "phi3": (2, "", False, False, False),
+    "mixtral": (2, "", False, False, False),
+    "qwen3_moe": (2, "head", None, None, False),
+    "olmoe": (2, "all", None, None, False),
 }
+_FUSED = ("phi3",)
+"""Architectures whose q, k and v are one layer, and whose gate and up are."""
+_WINDOW_EVERY = {"gemma2": 2, "gemma3_text": 6}
+"""Architectures of which all layers but each n-th slide, when config.json has no layer_types."""
 
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
 ADAPTER_BYTES = 4  # the adapter, its gradients and its two AdamW moments are kept in fp32
@@ -51,10 +60,20 @@ class Shape:
     head_dim: int
     tied: bool
     norms_per_layer: int
-    qk_norm: bool
+    qk_norm_size: int
+    """Values of the norms on queries and keys of a layer; 0 without them."""
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
+    fused: bool = False
+    """q, k and v are one linear layer, and gate and up are."""
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    num_expert_layers: int = 0
+    """Layers with experts in place of one MLP."""
+    windows: tuple[tuple[int | None, int], ...] = ()
+    """(tokens that a position sees, None for all before it; number of such layers)."""
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
@@ -75,6 +94,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     except (KeyError, TypeError) as error:
         raise ModelError("config.json", f"lacks a size of the model ({error})") from None
     bias = bool(config.get("attention_bias", False))
+    kv_heads, head_dim = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
     return Shape(
         model_type=model_type,
         vocab_size=vocab,
@@ -82,22 +102,54 @@ def shape_of(config: dict[str, Any]) -> Shape:
         intermediate_size=inner,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         tied=tied if config.get("tie_word_embeddings") is None else bool(config["tie_word_embeddings"]),
         norms_per_layer=norms,
-        qk_norm=qk_norm,
+        qk_norm_size={"": 0, "head": 2 * head_dim, "all": (heads + kv_heads) * head_dim}[qk_norm],
         qkv_bias=bias if qkv_bias is None else qkv_bias,
         out_bias=bias if out_bias is None else out_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
+        fused=model_type in _FUSED,
+        windows=_windows(config, model_type, layers),
+        **_experts(config, model_type, layers, inner),
     )
 
 
+def _windows(config: dict[str, Any], model_type: str, layers: int) -> tuple[tuple[int | None, int], ...]:
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types")
+    if not window or (model_type.startswith("qwen") and not config.get("use_sliding_window")):
+        return ((None, layers),)
+    every = config.get("sliding_window_pattern") or _WINDOW_EVERY.get(model_type)
+    sliding = (list(kinds).count("sliding_attention") if kinds else layers - layers // every if every else layers)
+    return tuple((far, times) for far, times in ((None, layers - sliding), (int(window), sliding)) if times)
+
+
+def _experts(config: dict[str, Any], model_type: str, layers: int, inner: int) -> dict[str, int]:
+    number = int(config.get("num_local_experts") or config.get("num_experts") or 0)
+    if not number or model_type not in ("mixtral", "qwen3_moe", "olmoe"):
+        return {}
+    every, dense = int(config.get("decoder_sparse_step") or 1), set(config.get("mlp_only_layers") or ())
+    sparse = sum(layer not in dense and (layer + 1) % every == 0 for layer in range(layers))
+    return {"num_experts": number, "experts_per_token": int(config.get("num_experts_per_tok") or 1),
+            "expert_size": int(config.get("moe_intermediate_size") or inner), "num_expert_layers": sparse}
+
+
+_MLP_NAMES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+
+
 def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each linear layer of one block, by the name it has in transformers."""
+    """(outputs, inputs) of each linear layer of one block, by the name it has in transformers.
+
+    Experts are none: transformers 5 holds all of a layer in two bare tensors.
+    """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return {
+    if shape.fused:
+        return {"qkv_proj": (queries + 2 * keys, hidden), "o_proj": (hidden, queries),
+                "gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+    sizes = {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
@@ -106,25 +158,48 @@ def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
     }
+    return {name: size for name, size in sizes.items() if times_of(shape, name)}
+
+
+def times_of(shape: Shape, name: str) -> int:
+    """In how many blocks the linear layer ``name`` stands."""
+    return shape.num_layers - (shape.num_expert_layers if name in _MLP_NAMES else 0)
 
 
 def num_linear_params(shape: Shape) -> int:
-    """Weights of the linear layers of all blocks, biases and head left out."""
-    return shape.num_layers * sum(outputs * inputs for outputs, inputs in linear_sizes(shape).values())
+    """Weights of the linear layers of all blocks; biases, experts and head left out."""
+    return sum(times_of(shape, name) * outputs * inputs for name, (outputs, inputs) in linear_sizes(shape).items())
+
+
+def num_expert_params(shape: Shape, *, active: bool = False) -> int:
+    """Weights of the experts, 3·H·M each, with their routers, E·H a layer; ``active``: those a token goes through."""
+    experts = shape.experts_per_token if active else shape.num_experts
+    return shape.num_expert_layers * shape.hidden_size * (3 * shape.expert_size * experts + shape.num_experts)
 
 
 def num_params(shape: Shape) -> int:
     """All parameters; a head that is tied to the embedding counts once.
 
-    V·H (twice when untied) + L·(linear weights + biases + norms) + H.
+    V·H (twice when untied) + L·(linear weights + biases + norms) + experts + H.
     """
-    sizes = linear_sizes(shape)
-    biases = sum(sizes[name][0] for name in ("q_proj", "k_proj", "v_proj")) * shape.qkv_bias
-    biases += sizes["o_proj"][0] * shape.out_bias
-    biases += sum(sizes[name][0] for name in ("gate_proj", "up_proj", "down_proj")) * shape.mlp_bias
-    norms = shape.norms_per_layer * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm
+    biased = {"q_proj": shape.qkv_bias, "k_proj": shape.qkv_bias, "v_proj": shape.qkv_bias, "o_proj": shape.out_bias,
+              "gate_proj": shape.mlp_bias, "up_proj": shape.mlp_bias, "down_proj": shape.mlp_bias}
+    biases = sum(times_of(shape, name) * outputs for name, (outputs, _) in linear_sizes(shape).items()
+                 if biased.get(name))
+    norms = shape.num_layers * (shape.norms_per_layer * shape.hidden_size + shape.qk_norm_size)
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
-    return embeddings + num_linear_params(shape) + shape.num_layers * (biases + norms) + shape.hidden_size
+    return (embeddings + num_linear_params(shape) + num_expert_params(shape) + biases + norms + shape.hidden_size)
+
+
+def is_counted(shape: Shape, lora: LoraSection) -> bool:
+    """Whether :func:`num_lora_params` knows the adapter's size.
+
+    In a model with experts that is so for attention's layers alone: peft 0.21 adapts routers and experts as well where
+    the targets are all-linear or an MLP's, the experts' in another rank.
+    """
+    mixed = shape.num_experts and any(target == "all-linear" or target.rpartition(".")[2] in _MLP_NAMES
+                                      for target in lora.targets)
+    return lora.counted and not mixed
 
 
 def num_lora_params(shape: Shape, lora: LoraSection) -> int:
@@ -136,7 +211,7 @@ def num_lora_params(shape: Shape, lora: LoraSection) -> int:
         ModelError: a target that is no module of this layout, or an adapter whose size depends on more than rank and
             targets.
     """
-    if not lora.counted:
+    if not is_counted(shape, lora):
         raise ModelError("lora", "its size does not follow from rank and targets alone",
                          "the train stage counts what is trained")
     blocks, head = linear_sizes(shape), (shape.vocab_size, shape.hidden_size)
@@ -144,7 +219,7 @@ def num_lora_params(shape: Shape, lora: LoraSection) -> int:
     total = 0
     for name in dict.fromkeys(names):
         if name in blocks:
-            (outputs, inputs), times = blocks[name], shape.num_layers
+            (outputs, inputs), times = blocks[name], times_of(shape, name)
         elif name in ("lm_head", "embed_tokens"):
             (outputs, inputs), times = head, 1
         else:
@@ -160,14 +235,14 @@ def weight_bytes(shape: Shape, *, precision: str = "bf16", load_in: str = "16bit
     16bit: parameters times bytes per value. 8bit: a byte a weight of the linear layers and an fp32
     scale per output (Dettmers et al. 2022, arXiv:2208.07339). 4bit (nf4, double quantization): half a
     byte a weight, a byte per block of 64, four bytes per 256 blocks (Dettmers et al. 2023,
-    arXiv:2305.14314 section 3). Embedding, head, norms and biases stay at ``precision``.
+    arXiv:2305.14314 section 3). Embedding, head, norms, biases and experts stay at ``precision``.
     """
     width, linear = BYTES_PER_VALUE[precision], num_linear_params(shape)
     rest = (num_params(shape) - linear) * width
     if load_in == "4bit":
         return rest + linear // 2 + linear // 64 + linear // 64 // 256 * 4
     if load_in == "8bit":
-        outputs = sum(outputs for outputs, _ in linear_sizes(shape).values()) * shape.num_layers
+        outputs = sum(times_of(shape, name) * outputs for name, (outputs, _) in linear_sizes(shape).items())
         return rest + linear + 4 * outputs
     return rest + linear * width
 
@@ -204,13 +279,25 @@ def training_bytes(
     )
 
 
-def kv_bytes_per_token(shape: Shape, *, bytes_per_value: int = 2) -> int:
+def kv_bytes_per_token(shape: Shape, *, bytes_per_value: float = 2) -> float:
     """Bytes of KV cache for each token of each sequence: 2·L·K·D values.
 
     Keys and values of the K grouped heads (Ainslie et al. 2023, arXiv:2305.13245). 2 bytes a value for
-    bf16 and fp16 caches, which is also llama.cpp's default.
+    bf16 and fp16 caches, which is also llama.cpp's default. Layers that slide hold no more than their window:
+    :func:`kv_bytes`.
     """
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * bytes_per_value
+
+
+def kv_bytes(shape: Shape, num_tokens: int, *, num_sequences: int = 1, bytes_per_value: float = 2) -> float:
+    """Bytes of KV cache of ``num_sequences`` of ``num_tokens`` each: 2·K·D values a token and layer.
+
+    A layer with a sliding window keeps the window less the token that is being read (Jiang et al. 2023,
+    arXiv:2310.06825 section 2; so does transformers 5.24's DynamicSlidingWindowLayer).
+    """
+    held = sum(times * (num_tokens if window is None else min(num_tokens, window - 1))
+               for window, times in shape.windows)
+    return 2 * shape.num_kv_heads * shape.head_dim * bytes_per_value * held * num_sequences
 
 
 def inference_flops_per_token(shape: Shape, *, context: float) -> float:
@@ -219,7 +306,7 @@ def inference_flops_per_token(shape: Shape, *, context: float) -> float:
     A product and a sum per weight; scores and their weighted sum (Kaplan et al. 2020, arXiv:2001.08361
     table 1). Norms, activations and softmax are left out.
     """
-    products = num_linear_params(shape) + shape.vocab_size * shape.hidden_size
+    products = num_linear_params(shape) + num_expert_params(shape, active=True) + shape.vocab_size * shape.hidden_size
     return 2.0 * products + 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * context
 
 
@@ -234,7 +321,8 @@ def training_flops_per_token(
     left out. (The first block's inputs need no gradient: a little less in a model of few layers.)
     """
     attention = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * context
-    linear, trained = 2.0 * num_linear_params(shape), 2.0 * num_lora_params(shape, lora)
+    linear = 2.0 * (num_linear_params(shape) + num_expert_params(shape, active=True))
+    trained = 2.0 * num_lora_params(shape, lora)
     head = 2.0 * shape.vocab_size * shape.hidden_size * trained_share
     again = linear + trained + attention if checkpointing else 0.0
     return 2 * linear + 3 * trained + 2 * head + 3 * attention + again

@@ -21,11 +21,15 @@ from typing import Any
 
 import numpy
 
+from lora_kit.recipe import Recipe
 from lora_kit.tokens import IGNORED
 from lora_kit.types import Batch, Example
 
 PER_DOCUMENT = "lora_kit_per_document"
 """Name under which transformers knows our attention function."""
+CPU_PASS_TOKENS = {"fp32": 1024, "bf16": 2048}
+"""Tokens of a packed pass on a CPU by arithmetic (about as many bytes), where the recipe names none and no row is
+longer."""
 _ISOLATING = ("sdpa", "eager", "flash_attention_2", PER_DOCUMENT)
 
 
@@ -47,6 +51,18 @@ def first_fit_decreasing(rows: Sequence[int], length: Callable[[int], int], budg
             bins[place].append(row)
             free[place] -= needed
     return bins
+
+
+def budget_of(recipe: Recipe, device_type: str, precision: str) -> int:
+    """Tokens of a packed pass: those that the recipe names, else ``micro_batch_size`` rows of ``max_tokens``.
+
+    A CPU gains little from longer passes than CPU_PASS_TOKENS (docs/speed.md has the figures), while activations grow
+    with them.
+    """
+    longest = recipe.data.max_tokens
+    rows = recipe.train.micro_batch_size * longest
+    on_cpu = min(rows, max(longest, CPU_PASS_TOKENS[precision])) if device_type == "cpu" else rows
+    return recipe.train.pack_tokens or on_cpu
 
 
 def micro_batches(
@@ -92,7 +108,7 @@ def packed_batch_of(examples: Sequence[Example], device, share_prefix: bool = Fa
     """
     import torch
 
-    shared = _shared_prefix(examples) if share_prefix else 0
+    shared = shared_prefix(examples) if share_prefix else 0
     starts = [0, *(shared for _ in examples[1:])]
     lengths = tuple(len(example.tokens_T) - start for example, start in zip(examples, starts, strict=True))
     labels = [numpy.where(example.loss_mask_T == 1, example.tokens_T, IGNORED) for example in examples]
@@ -112,7 +128,7 @@ def packed_batch_of(examples: Sequence[Example], device, share_prefix: bool = Fa
     )
 
 
-def _shared_prefix(examples: Sequence[Example]) -> int:
+def shared_prefix(examples: Sequence[Example]) -> int:
     """Tokens that all of several ``examples`` begin with, up to before the first that one is trained on."""
     if len(examples) < 2:
         return 0

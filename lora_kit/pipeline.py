@@ -21,7 +21,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_kit import baseline, hardware, prepared, quantizers, ranks, rundir, sources, stopwatch, suite
+from lora_kit import (
+    baseline,
+    hardware,
+    memory_short,
+    prepared,
+    quantizers,
+    ranks,
+    rundir,
+    sources,
+    stopwatch,
+    suite,
+)
 from lora_kit.errors import BY_EXIT_CODE, GateFailed, GateInconclusive, LoraKitError, ModelError, RecipeError
 from lora_kit.events import Note, StageFinished, StageSkipped, StageStarted, tell
 from lora_kit.recipe import IDENTITY
@@ -309,7 +320,12 @@ def _execute(stage: Stage, run: Run, reason: str) -> None:
         module = importlib.import_module(stage.module)
     _set_aside_if_stale(stage, run)
     with run.publishing(stage.name) as work, stopwatch.part("data" if stage.name == "data" else "other"):
-        result: Result = module.stage(run.recipe, run)
+        try:
+            result: Result = module.stage(run.recipe, run)
+        except Exception as error:
+            if stage.name != "train" or not memory_short.is_out_of_memory(error):
+                raise
+            raise memory_short.explained(run) from error
         seconds = time.perf_counter() - started
         _give_usual_modes(work)
         files = {str(path.relative_to(work)): path.stat().st_size for path in sorted(work.rglob("*"))

@@ -19,8 +19,6 @@ from lora_kit.units import number_text
 _NOUNS = {"linear": "linear layers", "mlp": "MLPs", "norm": "norms", "attention": "attention layers",
           "kernels": "compiled kernels", "loss": "output layer", "prefix": "layers with a shared prefix"}
 
-_CPU_PASS_TOKENS = {"fp32": 1024, "bf16": 2048}
-"""Tokens of a pass on a CPU, by arithmetic: about as many bytes."""
 _ROWS_TO_TIME = 8
 """Rows on whose lengths attention is timed."""
 
@@ -57,7 +55,7 @@ def prepare(net, recipe: Recipe, examples: tokens.ExampleFile, num_steps: int, a
             "rows": [examples.origins[row] for row in chosen]}
         _look_at_proof(packed, precision == "fp32" and recipe.model.load_in == "16bit")
     if packed["why_not"] is None:
-        packed["budget"] = settings.pack_tokens or _budget(recipe, accelerator.device.type, precision)
+        packed["budget"] = packing.budget_of(recipe, accelerator.device.type, precision)
     else:
         packing.stop_packing(plain_model)
         if settings.packing:
@@ -145,16 +143,6 @@ def _chosen_once(net, parts: list[str], lengths: list[int]) -> dict[str, fast.Pa
         fast.stop_fast(net)  # another process has timed it meanwhile, and otherwise
         used = fast.use_fast(net, parts, lengths, not served)
     return used
-
-
-def _budget(recipe: Recipe, device_type: str, precision: str) -> int:
-    """Tokens of a packed pass where the recipe names none.
-
-    A CPU gains little from longer passes (docs/speed.md has the figures), while activations grow with them.
-    """
-    longest = recipe.data.max_tokens
-    rows = recipe.train.micro_batch_size * longest
-    return min(rows, max(longest, _CPU_PASS_TOKENS[precision])) if device_type == "cpu" else rows
 
 
 def _apart(found: dict[str, Any]) -> str:

@@ -416,6 +416,12 @@ class CostSection(Section):
     """Unit of the prices."""
     requests_per_day: Positive | None = None
     """Requests expected a day: gives the day at which inference has cost more than training."""
+    retrain_every: Annotated[str, Field(pattern=r"^[1-9][0-9]*[hdw]$")] | None = None
+    """How often training is done anew, such as `12h`, `7d` or `2w`. Default: once."""
+    passages: Count | None = None
+    """Passages that retrieval puts before each question, in what `lora-kit plan` says it costs."""
+    passage_tokens: Count = 200
+    """Tokens of each such passage."""
 
 
 class LaunchSection(Section):

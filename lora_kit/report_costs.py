@@ -73,6 +73,9 @@ def section(found: Findings) -> Section:
         blocks.append(figure)
     blocks.append(_memory_table(found))
     blocks.append(_request_table(found))
+    curve = _cost_figure(found)
+    if curve:
+        blocks.append(curve)
     if found.recipe.cost is None:
         blocks.append(Paragraph(text="The recipe gives no prices (cost.price_per_hour), so costs are left out; "
                                      "break-even needs none, since the price cancels on one machine.", tone="missing"))
@@ -288,6 +291,35 @@ def _request_table(found: Findings) -> Table:
         numeric=tuple(range(1, len(columns))),
         note="All derived. One request = (time to first token + further tokens / decode rate) / batch, at the benched "
              "shape; break-even = seconds of training / seconds of a request, on one machine." + price)
+
+
+def _cost_figure(found: Findings) -> Figure | None:
+    """What training and inference have taken after so many requests, up to twice the main artifact's break-even."""
+    name, point = _main_point(found)
+    request, trained = request_cost(point) if point else None, found.figures("train").get("train_seconds")
+    if not request or not trained:
+        return None
+    cost = found.recipe.cost
+    scale = price_of(1.0, cost) if cost else 1.0
+    number = break_even_requests(trained, request.seconds)
+    most = 2 * number
+    lines = [charts.Line(name="training, once", points=[(0, trained * scale), (most, trained * scale)], style=0)]
+    others = {other: request_cost(each) for other, each in found.points().items() if other != name}
+    shown = [(name, request), *((other, each) for other, each in others.items() if each)]
+    for style, (label, each) in enumerate(shown[:4], start=1):
+        # No higher than twice training: what costs more leaves the picture at its top.
+        last = min(most, 2 * trained / each.seconds)
+        lines.append(charts.Line(name=label, points=[(0, 0.0), (last, last * each.seconds * scale)], style=style,
+                                 faint=label != name))
+    lines.append(charts.Line(name="break-even", points=[(number, trained * scale)], style=5, dots=True))
+    unit = cost.currency if cost else "seconds of the machine"
+    words = (f"Training takes {seconds_text(trained)} once; requests to {name} have taken as long after "
+             f"{count_text(number)}{_day(number, cost)}.")
+    wide, narrow = (charts.line_chart(lines, x_title="requests", y_title=unit, words=words, from_zero=True, width=width)
+                    for width in (760, 380))
+    return Figure(wide_svg=wide, narrow_svg=narrow, words=words, caption=(
+        f"What has been spent after so many requests at the benched shape ({DERIVED}): training once, and inference on "
+        f"every request. They cross at the break-even of {name}."))
 
 
 def _money(amount: float, cost: CostSection) -> str:

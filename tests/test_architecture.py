@@ -21,7 +21,8 @@ PACKAGE = ROOT / "lora_kit"
 
 LEVELS = {
     0: "errors units",
-    1: "ci_files "
+    1: "activations footprint devices outlook calibration latency speed_ratio "
+       "ci_files "
        "budget "
        "assertions "
        "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
@@ -29,15 +30,17 @@ LEVELS = {
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
        "report_proofs scored paired report_items junit eval_checks intervals claims comparison power sequential "
        "stopwatch launch ranks choices",
-    2: "merging tensor_files "
+    2: "lean_decoder "
+       "merging tensor_files "
        "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check libraries optimizer trackers template_check "
        "shares processes training_model training_log resume divergence rehearsal stop_signals launcher",
     3: "score_cache "
        "engines quantizers certificate scoring stop_rate baseline",
-    4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight",
-    5: "pipeline terminal",
-    6: "cli lora_kit",
+    4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight "
+       "advice plan_outlook plan_record memory_short bench_compare",
+    5: "pipeline terminal calibrate cli_options",
+    6: "cli cli_plan lora_kit",
 }
 """Level -> its modules and folders; ``lora_kit`` is ``__init__.py``, the Python API."""
 
@@ -202,6 +205,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 SPEAKERS = {
     "cli": "the command line",
+    "cli_plan": "a part of it: two of its verbs",
     "terminal": "renders events for it",
     "nursery": "the processes that it forks end where they are forked",
     "ranks": "a process that waits for one that is gone, in an operation that nothing can interrupt, ends itself",

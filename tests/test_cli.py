@@ -388,7 +388,7 @@ def test_doctor(world):
 
 @pytest.mark.parametrize(("error", "code", "line"), [
     (KeyboardInterrupt(), 130, "interrupted"),
-    (MemoryError(), 6, "lora-kit: out of memory; lower train.micro_batch_size"),
+    (MemoryError(), 6, "lora-kit: out of memory; lower train.pack_tokens"),
     (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 6, "/x/y: No space left on device; check space"),
     (ValueError("two\nlines"), 70, "lora-kit: ValueError: two lines; a bug of ours: run again with --debug"),
 ])

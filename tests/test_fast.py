@@ -436,8 +436,9 @@ def test_a_fast_path_that_fails_its_proof_is_taken_back(tmp_path, tiny_model, mo
 def test_a_pass_on_a_cpu_is_no_longer_than_it_has_to_be(max_tokens, device, precision, budget):
     from types import SimpleNamespace
 
-    recipe = SimpleNamespace(data=SimpleNamespace(max_tokens=max_tokens), train=SimpleNamespace(micro_batch_size=4))
-    assert preparation._budget(recipe, device, precision) == budget
+    recipe = SimpleNamespace(data=SimpleNamespace(max_tokens=max_tokens), train=SimpleNamespace(
+        micro_batch_size=4, pack_tokens=None))
+    assert packing.budget_of(recipe, device, precision) == budget
 
 
 @pytest.mark.parametrize("was_faster", [True, False])

@@ -24,10 +24,18 @@ def build(model_type: str, **more):
     return model, memory.shape_of(json.loads(config.to_json_string()))
 
 
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1]},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+}
+
+
 @pytest.mark.parametrize("model_type", list(memory._FAMILIES))
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameter_counts_equal_torchs(model_type, tied):
-    more = {"head_dim": 16} if model_type in ("qwen2", "smollm3", "granite") else {}  # these ignore head_dim
+    more = {"head_dim": 16} if model_type in ("qwen2", "smollm3", "granite", "phi3") else {}  # these ignore head_dim
+    more |= EXPERTS.get(model_type, {})
     model, shape = build(model_type, tie_word_embeddings=tied, **more)
     assert memory.num_params(shape) == sum(p.numel() for p in model.parameters())
 
@@ -56,6 +64,35 @@ def test_trained_parameters_equal_pefts(lora):
     adapted = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=targets, use_dora=lora.dora,
                                                task_type="CAUSAL_LM"))
     assert memory.num_lora_params(shape, lora) == adapted.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(("model_type", "targets"), [
+    ("phi3", ["all-linear"]), ("qwen3_moe", ["q_proj", "o_proj"]), ("mixtral", ["k_proj", "v_proj"])])
+def test_trained_parameters_of_fused_and_expert_models_equal_pefts(model_type, targets):
+    from peft import LoraConfig, get_peft_model
+
+    model, shape = build(model_type, **EXPERTS.get(model_type, {"head_dim": 16}))
+    names = "all-linear" if targets == ["all-linear"] else targets
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
+    assert memory.num_lora_params(shape, LoraSection(rank=4, targets=targets)) \
+        == adapted.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_adapters_on_experts_are_not_guessed(targets):
+    shape = memory.shape_of({**SIZES, "model_type": "mixtral", **EXPERTS["mixtral"]})
+    with pytest.raises(ModelError, match="lora: its size does not follow"):
+        memory.num_lora_params(shape, LoraSection(targets=targets))
+
+
+def test_a_token_goes_through_some_experts_only():
+    shape = memory.shape_of({**SIZES, "model_type": "mixtral", **EXPERTS["mixtral"]})
+    expert = 3 * 64 * 96
+    assert memory.num_expert_params(shape) == 3 * (4 * expert + 4 * 64)
+    assert memory.num_expert_params(shape, active=True) == 3 * (2 * expert + 4 * 64)
+    dense = memory.shape_of({**SIZES, "model_type": "mistral"})
+    more = memory.inference_flops_per_token(shape, context=8) - memory.inference_flops_per_token(dense, context=8)
+    assert more == 2 * 3 * (expert + 4 * 64)
 
 
 def test_an_unknown_target_or_architecture_is_one_clear_error():
@@ -115,6 +152,30 @@ def test_kv_bytes_equal_transformers_cache():
     cache = model(input_ids=torch.arange(7)[None], use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert memory.kv_bytes_per_token(shape, bytes_per_value=4) * 7 == held
+
+
+@pytest.mark.parametrize("num_tokens", [5, 23])
+def test_a_sliding_window_holds_no_more_than_itself(num_tokens):
+    import torch
+    from transformers import DynamicCache
+
+    model, shape = build("gemma2", num_hidden_layers=4, sliding_window=8, query_pre_attn_scalar=24)
+    assert shape.windows == ((None, 2), (8, 2))
+    cache = DynamicCache(config=model.config)
+    for token in range(num_tokens):
+        model(input_ids=torch.tensor([[token]]), cache=cache, use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert memory.kv_bytes(shape, num_tokens, bytes_per_value=4) == held
+    assert memory.kv_bytes(shape, num_tokens, num_sequences=3) == 3 * memory.kv_bytes(shape, num_tokens)
+
+
+@pytest.mark.parametrize(("config", "windows"), [
+    ({"model_type": "llama"}, ((None, 3),)), ({"model_type": "mistral", "sliding_window": 32}, ((32, 3),)),
+    ({"model_type": "qwen3", "sliding_window": 32, "use_sliding_window": False}, ((None, 3),)),
+    ({"model_type": "gemma3_text", "sliding_window": 16, "num_hidden_layers": 13}, ((None, 2), (16, 11))),
+    ({"model_type": "gemma2", "sliding_window": 16, "layer_types": ["sliding_attention"] * 3}, ((16, 3),))])
+def test_windows_are_read_like_transformers_does(config, windows):
+    assert memory.shape_of({**SIZES, **config}).windows == windows
 
 
 def test_operations_agree_with_torchs_counter():

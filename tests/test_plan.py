@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kit import data, prepared
+from lora_kit import data, devices, packing, prepared
 from lora_kit.errors import RecipeError
 from lora_kit.model import find_base, load_base
 from lora_kit.plan import make_plan
@@ -113,6 +113,51 @@ def test_the_rows_of_the_table_hold_the_counts(recipes):
     assert rows["tokens"] == f"{plan.tokens_seen:,} read, {plan.tokens_trained:,} of them trained"
     assert rows["checkpoints"] == "every 100 steps"
     assert dataclasses.asdict(plan)["num_steps"] == 1000
+
+
+def test_memory_is_forecast_for_the_very_passes(recipes):
+    plan, recipe, found = plan_of(recipes, "train.epochs=3", "train.batch_size=6", "train.pack_tokens=100")
+    examples = read_examples(found.folder, "train")
+    batches = itertools.islice(stream_of_batches(30, 6, recipe.seed, 0), plan.num_steps)
+    micro = [rows for batch in batches for rows in packing.micro_batches(
+        batch, examples.length, micro_batch_size=4, budget=100)]
+    lengths = [sum(map(examples.length, rows)) for rows in micro]
+    # What rows begin with comes once in a pass.
+    assert 0.5 * max(lengths) < max(work.num_tokens for work in plan.passes) <= max(lengths)
+    assert max(work.num_trained for work in plan.passes) == max(
+        sum(map(examples.num_trained, rows)) for rows in micro)
+    training = plan.footprints[0]
+    assert training.name == "training" and training.of("weights") and training.of("activations")
+    assert [name for name, *_ in plan.memory_rows()] == ["training", "merge", "merged"]
+    assert plan.memory_lines()[0].startswith("fits: ")
+
+
+def test_padded_passes_count_their_padding(recipes):
+    plan, recipe, found = plan_of(recipes, "train.packing=false", "train.batch_size=6")
+    largest = max(plan.passes, key=lambda work: work.num_tokens)
+    assert largest.num_tokens == largest.longest * len(largest.lengths) and len(largest.lengths) == 4
+    assert largest.num_logits >= largest.num_trained
+
+
+def test_another_device_and_several_of_them(recipes):
+    path = recipes / "mine.yaml"
+    recipe_file = parse_recipe(path.read_text(), path, ("train.batch_size=8", "train.shard=fsdp"))
+    base = find_base(recipe_file.recipe.model, recipes)
+    found = prepared.find(recipe_file.recipe, recipes, base)
+    data.prepare(recipe_file.recipe, found, base)
+    plan = make_plan(recipe_file.recipe, found, base, device=devices.named("h100"), num_processes=4)
+    assert plan.precision == "bf16" and plan.footprints[0].of("gathered layers")
+    assert "on each device, h100 has 80 GB (https://" in plan.memory_lines()[0]
+    with pytest.raises(RecipeError, match="--gpus: a batch of 8 examples cannot be shared by 3"):
+        make_plan(recipe_file.recipe, found, base, device=devices.named("h100"), num_processes=3)
+    small = dataclasses.replace(devices.named("h100"), memory_bytes=1e6)
+    assert make_plan(recipe_file.recipe, found, base, device=small).memory_lines()[0].startswith("does not fit: ")
+
+
+def test_what_is_not_forecast_says_why(recipes):
+    plan, _, _ = plan_of(recipes, "lora.dora=true")
+    assert not plan.footprints and plan.memory_lines() == [
+        "memory is not forecast: what DoRA keeps of a pass is not counted"]
 
 
 WITHOUT_TORCH = """

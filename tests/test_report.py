@@ -66,7 +66,7 @@ def test_a_whole_run_is_on_the_page(tmp_path):
                   "2 modules of linear are plain: hooks", "packed: loss 2.5e-07"):
         assert shown in page.text, shown
         assert shown in markdown or shown.replace("#", "\\#") in markdown, shown
-    assert page.tags.count("svg") == 6  # loss, speed and memory, each for wide and narrow pages
+    assert page.tags.count("svg") == 8  # loss, speed, memory and cost, each for wide and narrow pages
     assert page.tags.count("mark") == 1 and "Trained Hello there<|im_end|>" in page.text
     assert len(page.ids) == len(set(page.ids)) == 11
     links = {value for tag, name, value in page.attributes if name == "href"}
@@ -154,7 +154,7 @@ def test_speed_that_was_not_measured_is_not_on_the_page(tmp_path):
     (run.path / "train" / "stage.json").write_text(json.dumps(seal))
     (run.path / "train" / "timings.jsonl").write_text('{"step": 1, "tokens_per_second": 5.0}\n')
     page, _, _ = pages(run)
-    assert "ceiling" not in page.text and "ready to train" not in page.text and page.tags.count("svg") == 4
+    assert "ceiling" not in page.text and "ready to train" not in page.text and page.tags.count("svg") == 6
 
 
 def test_a_badge_belongs_to_its_artifact(tmp_path):
@@ -198,7 +198,7 @@ def test_numbers_that_are_not_finite_do_not_break_the_page(tmp_path):
     with open(run.path / "train" / "metrics.jsonl", "a") as file:
         file.write('{"step": 61, "loss": NaN}\n{"step": 62, "loss": Infinity}\n')
     page, _, _ = pages(run)
-    assert page.tags.count("svg") == 6 and "2 more had a loss that is not finite" in page.text
+    assert page.tags.count("svg") == 8 and "2 more had a loss that is not finite" in page.text
 
 
 def test_unknown_architectures_are_not_derived(tmp_path):

@@ -1,6 +1,8 @@
 """report_costs.py: every derived figure by hand."""
 
 import dataclasses
+import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -67,7 +69,7 @@ def test_a_gpu_peak_goes_before_the_process(tmp_path):
 
 def test_the_tables_carry_measured_and_derived_figures(tmp_path):
     section = report_costs.section(found(tmp_path, cost={"price_per_hour": 3.6, "requests_per_day": 1000}))
-    contrast, figure, split, requests = section.blocks
+    contrast, figure, split, requests, curve = section.blocks
     rows = cells(contrast)
     assert rows["peak memory"] == ["4.1 GB", "905 MB"]
     assert rows["cost"][0] == "0.13 USD once (derived)"
@@ -76,3 +78,24 @@ def test_the_tables_carry_measured_and_derived_figures(tmp_path):
     seconds = 0.05 + 31 / 25.5
     assert cells(requests)["merged"][:3] == ["1.27 s", f"{130 / seconds:,.0f}", f"{seconds:.3g} USD"]
     assert "training 4.1 GB" in figure.words
+    assert curve.words == ("Training takes 2 min 10 s once; requests to merged have taken as long after 103, on the "
+                           "first day.")
+
+
+def test_the_cost_curve_crosses_at_the_break_even(tmp_path):
+    findings = found(tmp_path, cost={"price_per_hour": 3.6})
+    figure = report_costs._cost_figure(findings)
+    root = ElementTree.fromstring(figure.wide_svg)
+
+    def path(style):
+        drawn = next(each for each in root.iter("path") if f"l{style}" in each.get("class").split())
+        return [tuple(map(float, pair.split())) for pair in re.split("[ML]", drawn.get("d"))[1:]]
+
+    training, merged = path(0), path(1)
+    dot = next(root.iter("circle"))
+    assert training[0][1] == training[1][1] == pytest.approx(float(dot.get("cy")), abs=0.2)
+    (x0, y0), (x1, y1) = merged
+    along = (float(dot.get("cx")) - x0) / (x1 - x0)
+    assert along == pytest.approx(0.5, abs=0.01) and y0 + along * (y1 - y0) == pytest.approx(training[0][1], abs=0.5)
+    assert {"training, once", "merged", "break-even", "requests", "USD"} <= {each.text for each in root.iter("text")}
+    assert report_costs._cost_figure(dataclasses.replace(findings, seals={})) is None

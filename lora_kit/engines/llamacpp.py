@@ -75,11 +75,13 @@ class LlamaCppEngine(Engine):
         tokenizer: Hugging Face tokenizer of the model that the file was made from.
         stop_ids: token ids that end an answer.
         threads: CPU threads; None takes OMP_NUM_THREADS, or as many as the process may use.
+        counts: let llama.cpp time itself, for :meth:`counters`.
     """
 
     device = "cpu"
 
-    def __init__(self, path: str, tokenizer: Any, *, stop_ids: Iterable[int], threads: int | None = None) -> None:
+    def __init__(self, path: str, tokenizer: Any, *, stop_ids: Iterable[int], threads: int | None = None,
+                 counts: bool = False) -> None:
         from lora_kit.hardware import usable_cores
 
         try:
@@ -91,7 +93,7 @@ class LlamaCppEngine(Engine):
         self._lib, self.tokenizer = llama_cpp, tokenizer
         # As torch does: a second thread on a core that someone else keeps busy costs more than it gives.
         self._threads = threads or int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
-        self._context, self._context_size = None, (0, 0)
+        self._context, self._context_size, self._counts = None, (0, 0), counts
         self._model = None
         _silence(llama_cpp)
         llama_cpp.llama_backend_init()
@@ -166,6 +168,17 @@ class LlamaCppEngine(Engine):
         return {"prefill_seconds": prefilled - started, "first_token_seconds": chosen - started,
                 "decode_seconds": ended - chosen, "tokens_generated": num_generated}
 
+    def counters(self) -> dict[str, float]:
+        """What llama.cpp's own counters say since the last call: seconds and tokens of prompts, and of single tokens.
+
+        Returns:
+            ``prefill_seconds``, ``prefill_tokens``, ``decode_seconds``, ``decode_tokens``.
+        """
+        found = self._lib.llama_perf_context(self._context)
+        self._lib.llama_perf_context_reset(self._context)
+        return {"prefill_seconds": found.t_p_eval_ms / 1e3, "prefill_tokens": float(found.n_p_eval),
+                "decode_seconds": found.t_eval_ms / 1e3, "decode_tokens": float(found.n_eval)}
+
     def same_tokens(self, texts: Sequence[str]) -> list[str]:
         """Those of ``texts`` that llama.cpp and the Hugging Face tokenizer split differently (special tokens read)."""
         differing = []
@@ -206,7 +219,7 @@ class LlamaCppEngine(Engine):
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_threads = params.n_threads_batch = self._threads
         params.kv_unified = True  # one pool of cells, whatever the lengths of the sequences
-        params.no_perf = True
+        params.no_perf = not self._counts
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise MachineError("engine llamacpp", f"cannot make room for {num_tokens} tokens", "use shorter prompts")

@@ -1,0 +1,69 @@
+"""What the verbs share: their arguments and options, and the terminal that they show tables on.
+
+The verbs stand in ``cli.py`` and ``cli_plan.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
+RunArgument = Annotated[
+    Path | None, typer.Argument(metavar="RUN", help="A run folder. Default: the newest.", show_default=False)
+]
+TargetArgument = Annotated[
+    str | None, typer.Argument(
+        metavar="RUN|ARTIFACT", show_default=False,
+        help="A run, RUN/ARTIFACT, a model or adapter folder, or a .gguf file. Default: the newest run.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.steps=10. Repeatable."),
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
+NoDepsOption = Annotated[
+    bool, typer.Option("--no-deps", help="An owed earlier stage is an error instead of being run.")
+]
+AgainOption = Annotated[bool, typer.Option("--again", help="Do the stage again even when it is done.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run even when one can go on.")]
+InconclusiveOption = Annotated[
+    Literal["pass", "fail"] | None,
+    typer.Option(show_default=False, help="What a gate that cannot be decided counts as. Default: neither, exit code "
+                 "3.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
+
+RUNS = Path("runs")
+
+
+class LazyTerminal:
+    """The terminal, made when the first event or table comes: rich is not imported for ``--help``."""
+
+    def __init__(self) -> None:
+        self.terminal = None
+
+    def __call__(self, event) -> None:
+        self._made()(event)
+
+    def table(self, *arguments) -> None:
+        self._made().table(*arguments)
+
+    def marked(self, *arguments) -> None:
+        self._made().marked(*arguments)
+
+    def close(self) -> None:
+        if self.terminal is not None:
+            self.terminal.close()
+
+    def _made(self):
+        if self.terminal is None:
+            from lora_kit.terminal import Terminal
+
+            self.terminal = Terminal()
+        return self.terminal
+
+
+terminal = LazyTerminal()
