@@ -481,6 +481,8 @@ def train_on_ranks(target: RecipeFile | Path, *, runs_dir: Path, fresh: bool = F
     except BaseException as error:
         explained = watched.explain(error)
         watched.end(getattr(explained, "exit_code", 70))
+        if explained is error:
+            raise
         raise explained from error
     watched.end(0)
     return run

@@ -29,6 +29,7 @@ GRACE_SECONDS = 10.0
 _FEW = 16
 """Up to so many all watch all; of more the first watches all and is watched by all, to spare the disk."""
 _STOPPED = 75
+_TODO = "run the same command again: it goes on from the last checkpoint"
 
 
 class Ranks:
@@ -75,8 +76,7 @@ class Ranks:
             time.sleep(BEAT_SECONDS / 4)
         if found is None:
             return error
-        return StoppedError(f"process {self.rank}", f"{found}, so this one stopped", "run the same command again: it "
-                            "goes on from the last checkpoint")
+        return StoppedError(f"process {self.rank}", f"{found}, so this one stopped", _TODO)
 
     def _watch(self) -> None:
         ended = None
@@ -86,12 +86,15 @@ class Ranks:
             if self._launcher and os.getppid() != self._launcher and not self._asked:
                 self._asked = True
                 os.kill(os.getpid(), signal.SIGTERM)  # the launcher is gone: save and stop
-            if self.gone() is None:
+            gone = self.gone()
+            if gone is None:
+                ended = None  # it was slow, or all were asleep
                 continue
             ended = ended or time.monotonic()
             if time.monotonic() - ended > GRACE_SECONDS:
                 with suppress(OSError):
                     self._write(_STOPPED)
+                    os.write(2, f"process {self.rank}: {gone}, so this one stopped; {_TODO}\n".encode())
                 os._exit(_STOPPED)
 
     def _file(self, rank: int) -> Path:

@@ -157,7 +157,8 @@ def main(arguments: list[str]) -> int:
         if number == signal.SIGSTOP:
             os.kill(children[1], signal.SIGKILL)
         wait(children[1:])
-        found[name] = {"code": first[0], "seconds": seconds, "step": killed_runs.newest_step(runs)}
+        found[name] = {"code": first[0], "seconds": seconds, "step": killed_runs.newest_step(runs),
+                       "said": (runs / "output-0.txt").read_text()}
     print(json.dumps(found))
     return 0
 

@@ -54,3 +54,4 @@ def test_a_process_that_is_gone_ends_the_others_within_a_minute(found, name):
     lost = found[name]
     assert lost["code"] == 75 and lost["seconds"] < 60
     assert lost["step"] == 8  # what there is to go on from
+    assert "so this one stopped" in lost["said"]
