@@ -3,8 +3,9 @@
 Each artifact is loaded in a fresh process from the files that a user would load. One
 warm-up at the full shape, then ``bench.repeats`` repeats with prompts of random tokens,
 every one different, so that no prefix cache answers; stop tokens are ignored and the number
-of generated tokens is checked. A matrix product timed before and after shows whether the machine was
-equally fast for all. What cannot be measured here is a point without figures that says why.
+of generated tokens is checked. Then as many prompts are answered one at a time, token by token, for latencies. A matrix
+product timed before and after shows whether the machine was equally fast for all, and the bandwidth of main memory how
+near decoding comes to its limit. What cannot be measured here is a point without figures that says why.
 Reads the run's artifacts; writes ``bench/<artifact>.json`` and ``bench/bench.json``.
 """
 
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from importlib import metadata
 from typing import Any
 
-from lora_kit import events, hardware, isolate, units
+from lora_kit import events, hardware, isolate, latency, units
 from lora_kit.errors import InternalError, MachineError
 from lora_kit.recipe import BenchSection, Recipe
 from lora_kit.rundir import Run, write_json
@@ -34,6 +36,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
     Raises:
         RecipeError: the recipe names an artifact that the run does not have.
     """
+    bandwidth = hardware.measure_read_bandwidth(_threads(recipe.bench))
     names = recipe.bench.artifacts or [name for name, artifact in run.artifacts().items() if artifact.kind != "adapter"]
     artifacts = [run.artifact(name) for name in names]
     work, measured = run.work("bench"), []
@@ -41,6 +44,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
         events.tell(events.Progress(stage="bench", done=index, total=len(artifacts), unit="artifact",
                                     fields={"measuring": artifact.name}))
         point, evidence = _measure(artifact, recipe.bench, recipe.seed)
+        evidence["bandwidth_share"] = bandwidth_share(point, bandwidth)
         write_json(work / f"{artifact.name}.json", {"point": point.as_dict(), **evidence})
         measured.append((point, evidence))
     events.tell(events.Progress(stage="bench", done=len(artifacts), total=len(artifacts), unit="artifact"))
@@ -54,11 +58,18 @@ def stage(recipe: Recipe, run: Run) -> Result:
         "points": [point.as_dict() for point in points],
         "calibration_gflops": speeds,
         "caution": caution,
+        "read_bandwidth_bytes_per_second": bandwidth,
         "threads": _threads(recipe.bench),
         "machine": hardware.describe(),
         "versions": versions(),
     })
     events.tell(as_table(points))
+    shares = {point.artifact: evidence["bandwidth_share"] for point, evidence in measured
+              if evidence["bandwidth_share"] is not None}
+    if shares:
+        events.tell(events.Note(text=f"decoding reads the weights at this share of the {bandwidth / 1e9:.1f} GB/s that "
+                                "main memory gives: " + ", ".join(
+                                    f"{name} {share:.0%}" for name, share in shares.items())))
     return Result(summary=_summary(points), figures={"points": {point.artifact: point.as_dict() for point in points}})
 
 
@@ -70,6 +81,17 @@ def bench_artifact(artifact: Artifact, bench: BenchSection, *, seed: int = 0) ->
     return _measure(artifact, bench, seed)[0]
 
 
+def bandwidth_share(point: BenchPoint, bandwidth: float) -> float | None:
+    """Bytes of weights that decoding reads a second, once for each step of the batch, over ``bandwidth``.
+
+    None where nothing was measured, or the model lay on a GPU. The KV cache is left out: at short contexts it is
+    little.
+    """
+    if not point.decode_tokens_per_second or not point.size_bytes or point.device != "cpu":
+        return None
+    return point.decode_tokens_per_second / point.batch_size * point.size_bytes / bandwidth
+
+
 def measure_artifact(
     artifact: dict[str, Any], *, prompt_tokens: int, new_tokens: int, batch_size: int, repeats: int, threads: int,
     seed: int,
@@ -77,7 +99,8 @@ def measure_artifact(
     """Load ``artifact`` in this process and time it; :func:`bench_artifact` calls this in a process of its own.
 
     Returns:
-        engine, device, load_seconds, ``repeats`` (a list of what the engine's ``time_once`` gave),
+        engine, device, load_seconds, ``repeats`` (a list of what the engine's ``time_once`` gave), ``latency`` (what
+        :func:`lora_kit.latency.figures` says of as many prompts, one at a time, and every gap between their tokens),
         calibration_gflops (before, after), peak_device_bytes (None on a CPU).
     """
     from lora_kit.engines import open_engine
@@ -87,8 +110,9 @@ def measure_artifact(
     engine = open_engine(Artifact(**artifact), threads=threads)
     load_seconds = time.perf_counter() - started
     try:
-        prompts = random_prompts(engine.tokenizer, engine.num_tokens, num=batch_size * (repeats + 1),
+        prompts = random_prompts(engine.tokenizer, engine.num_tokens, num=batch_size * (repeats + 1) + repeats,
                                  length=prompt_tokens, seed=seed)
+        alone, prompts = prompts[:repeats], prompts[repeats:]
         batches = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
         engine.time_once(batches[0], new_tokens)  # warm-up at the full shape
         timed = [engine.time_once(batch, new_tokens) for batch in batches[1:]]
@@ -96,8 +120,14 @@ def measure_artifact(
             if one["tokens_generated"] != batch_size * new_tokens:
                 raise InternalError(f"engine {engine.name}", f"generated {one['tokens_generated']} tokens where "
                                     f"{batch_size * new_tokens} were asked for", "run again with --debug and report it")
+        try:
+            traces = [latency.trace(partial(engine.tokens_after, prompt, new_tokens), prompt_tokens=prompt_tokens,
+                                    new_tokens=new_tokens) for prompt in alone]
+        except ValueError as error:
+            raise InternalError(f"engine {engine.name}", str(error), "run again with --debug and report it") from None
         return {
             "engine": engine.name,
+            "latency": {**latency.figures(traces), "gaps": [gap for each in traces for gap in each.gaps]},
             "device": engine.device,
             "load_seconds": load_seconds,
             "repeats": timed,
@@ -183,7 +213,7 @@ def _measure(artifact: Artifact, bench: BenchSection, seed: int) -> tuple[BenchP
             artifact=artifact.name, engine="", load_seconds=None, time_to_first_token_seconds=None,
             prefill_tokens_per_second=None, decode_tokens_per_second=None, peak_memory_bytes=None,
             size_bytes=artifact.size_bytes, device="", why_not=str(error), **shape,
-        ), {"repeats": [], "calibration_gflops": None}
+        ), {"repeats": [], "calibration_gflops": None, "latency": None}
     value = answer.value
     peak = value["peak_device_bytes"] if value["peak_device_bytes"] is not None else answer.peak_memory_bytes
     point = BenchPoint(
@@ -193,6 +223,7 @@ def _measure(artifact: Artifact, bench: BenchSection, seed: int) -> tuple[BenchP
     )
     return point, {
         "repeats": value["repeats"],
+        "latency": value["latency"],
         "calibration_gflops": statistics.mean(value["calibration_gflops"]),
         "calibration_gflops_before_after": value["calibration_gflops"],
         "peak_process_bytes": answer.peak_memory_bytes,

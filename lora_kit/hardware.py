@@ -156,6 +156,28 @@ def measure_matrix_gflops(*, size: int = 768, seconds: float = 0.25) -> float:
     return 2 * size**3 * products / spent / 1e9
 
 
+def measure_read_bandwidth(threads: int, *, num_bytes: int = 2**28, seconds: float = 0.5) -> float:
+    """Bytes a second that ``threads`` threads read from main memory together: the best of several passes.
+
+    Each takes its share of an array of ``num_bytes``, far more than any cache holds, and finds its largest byte, which
+    takes less time than to fetch it. Writing a token reads all weights once, so this is the limit of decoding.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
+    parts = np.array_split(np.ones(num_bytes, dtype=np.int8), threads)
+    best, ends = 0.0, time.perf_counter() + seconds
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            started = time.perf_counter()
+            list(pool.map(np.max, parts))  # numpy lets go of Python's lock
+            now = time.perf_counter()
+            best = max(best, num_bytes / (now - started))
+            if now > ends:
+                return best
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")

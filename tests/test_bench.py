@@ -1,5 +1,6 @@
 """bench.py: exact figures from a fake engine with known timings, and one real process on a tiny model."""
 
+import dataclasses
 import json
 import sys
 import types as python_types
@@ -9,7 +10,7 @@ import pytest
 from lora_kit import bench, events, isolate
 from lora_kit.errors import InternalError, MachineError, RecipeError
 from lora_kit.recipe import BenchSection, Recipe
-from lora_kit.types import Artifact
+from lora_kit.types import Artifact, BenchPoint
 
 SHAPE = {"prompt_tokens": 16, "new_tokens": 5, "batch_size": 2, "repeats": 3}
 
@@ -28,12 +29,17 @@ class FakeEngine:
 
     def __init__(self, tokens_generated=None):
         self.batches, self.closed, self.tokens_generated = [], False, tokens_generated
+        self.alone, self.tokens_alone = [], None
 
     def time_once(self, prompts, new_tokens):
         self.batches.append(prompts)
         spent = 0.1 * len(self.batches)
         return {"prefill_seconds": spent, "first_token_seconds": spent + 0.01, "decode_seconds": 2 * spent,
                 "tokens_generated": self.tokens_generated or len(prompts) * new_tokens}
+
+    def tokens_after(self, prompt, max_new_tokens):
+        self.alone.append(tuple(prompt))
+        yield from range(self.tokens_alone or max_new_tokens)
 
     def close(self):
         self.closed = True
@@ -59,7 +65,8 @@ def test_warm_up_is_not_counted_and_every_prompt_is_new(engine):
     prompts = [tuple(prompt) for batch in engine.batches for prompt in batch]
     assert len(engine.batches) == 4 and {len(batch) for batch in engine.batches} == {2}
     assert {len(prompt) for prompt in prompts} == {16}
-    assert len({prompt[0] for prompt in prompts}) == len(prompts) == 8  # no prefix cache can have a hit
+    assert len({prompt[0] for prompt in prompts + engine.alone}) == 8 + 3  # no prefix cache can have a hit
+    assert value["latency"]["requests"] == 3 and len(value["latency"]["gaps"]) == 3 * 4
     assert not {0, 7} & {token for prompt in prompts for token in prompt}
     assert max(token for prompt in prompts for token in prompt) < FakeEngine.num_tokens
     assert engine.closed
@@ -78,6 +85,21 @@ def test_an_engine_that_stops_early_is_not_believed(engine):
     with pytest.raises(InternalError, match="generated 9 tokens where 10"):
         bench.measure_artifact(artifact().as_dict(), threads=1, seed=0, **SHAPE)
     assert engine.closed
+
+
+def test_an_answer_of_its_own_that_is_short_is_not_believed(engine):
+    engine.tokens_alone = 4
+    with pytest.raises(InternalError, match="4 tokens came where 5"):
+        bench.measure_artifact(artifact().as_dict(), threads=1, seed=0, **SHAPE)
+
+
+def test_the_share_of_the_bandwidth():
+    point = BenchPoint(artifact="a", engine="e", batch_size=4, prompt_tokens=8, new_tokens=4, repeats=1, load_seconds=1,
+                       time_to_first_token_seconds=1, prefill_tokens_per_second=1, decode_tokens_per_second=40.0,
+                       peak_memory_bytes=1, size_bytes=10**9, threads=1, device="cpu")
+    assert bench.bandwidth_share(point, 20e9) == pytest.approx(0.5)
+    for nothing in ({"decode_tokens_per_second": None}, {"size_bytes": None}, {"device": "cuda:0"}):
+        assert bench.bandwidth_share(dataclasses.replace(point, **nothing), 20e9) is None
 
 
 def test_prompts_depend_on_the_seed_alone():
@@ -111,7 +133,7 @@ def recipe(**section):
 def answer(calibration):
     return isolate.Isolated(seconds=1.0, peak_memory_bytes=5000, value={
         "engine": "fake", "device": "cpu", "load_seconds": 0.5, "peak_device_bytes": None,
-        "calibration_gflops": [calibration, calibration],
+        "calibration_gflops": [calibration, calibration], "latency": {"requests": 1, "gaps": [0.1]},
         "repeats": [{"prefill_seconds": 0.1, "first_token_seconds": 0.11, "decode_seconds": 0.2,
                      "tokens_generated": 10}]})
 
@@ -125,6 +147,7 @@ def test_what_cannot_be_measured_has_no_figures_and_says_why(monkeypatch, tmp_pa
         return answer(100.0)
 
     monkeypatch.setattr(bench.isolate, "call", call)
+    monkeypatch.setattr(bench.hardware, "measure_read_bandwidth", lambda threads: 4e5)
     run = FakeRun(tmp_path, [artifact(), artifact("adapter", kind="adapter"), artifact("gguf-q8_0", kind="gguf")])
     heard = []
     with events.listening(heard.append):
@@ -138,6 +161,12 @@ def test_what_cannot_be_measured_has_no_figures_and_says_why(monkeypatch, tmp_pa
     assert [point["artifact"] for point in whole["points"]] == ["base", "gguf-q8_0"]  # an adapter only when named
     assert whole["threads"] == 1 and whole["machine"]["cores"] >= 1 and "torch" in whole["versions"]
     assert whole["points"][0]["peak_memory_bytes"] == 5000 and whole["caution"] == ""
+    assert whole["read_bandwidth_bytes_per_second"] == 4e5
+    base = json.loads((tmp_path / "base.json").read_text())
+    # 8 tokens in 0.2 s, of a batch of 2: 20 steps a second, each reading 1000 bytes.
+    assert base["bandwidth_share"] == pytest.approx(20 * 1000 / 4e5) and base["latency"]["gaps"] == [0.1]
+    assert saved["latency"] is None and saved["bandwidth_share"] is None
+    assert any(isinstance(event, events.Note) and "base 5%" in event.text for event in heard)
 
 
 def test_a_machine_that_was_not_equally_fast_is_told(monkeypatch, tmp_path):

@@ -69,3 +69,8 @@ def test_the_description_is_json_and_calibration_is_positive():
 def test_a_missing_program_answers_nothing(tmp_path):
     assert hardware._output_of("no-such-program-here", "--version") == ""
     assert hardware._read(Path(tmp_path / "nothing")) == ""
+
+
+def test_read_bandwidth_is_that_of_memory():
+    one = hardware.measure_read_bandwidth(1, num_bytes=2**24, seconds=0.05)
+    assert 1e8 < one < 1e12 and hardware.measure_read_bandwidth(2, num_bytes=2**24, seconds=0.05) > 1e8
