@@ -58,6 +58,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
         "points": [point.as_dict() for point in points],
         "calibration_gflops": speeds,
         "caution": caution,
+        "latency": {point.artifact: evidence["latency"] for point, evidence in measured},
         "read_bandwidth_bytes_per_second": bandwidth,
         "threads": _threads(recipe.bench),
         "machine": hardware.describe(),

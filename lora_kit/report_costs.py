@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_kit import charts, memory
+from lora_kit import charts, memory, report_latency
 from lora_kit.errors import ModelError
 from lora_kit.recipe import CostSection
 from lora_kit.report_document import Block, Cell, Figure, Paragraph, Section, Table, missing, rate_text, threads_text
@@ -76,6 +76,7 @@ def section(found: Findings) -> Section:
     curve = _cost_figure(found)
     if curve:
         blocks.append(curve)
+    blocks += report_latency.blocks(found)
     if found.recipe.cost is None:
         blocks.append(Paragraph(text="The recipe gives no prices (cost.price_per_hour), so costs are left out; "
                                      "break-even needs none, since the price cancels on one machine.", tone="missing"))

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lora_kit"
 
 LEVELS = {
     0: "errors units",
-    1: "activations footprint devices outlook calibration latency speed_ratio "
+    1: "activations footprint devices outlook calibration latency speed_ratio report_latency "
        "ci_files "
        "budget "
        "assertions "
