@@ -22,6 +22,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
 BATCH_SIZE, LORA = 8, {"rank": 16, "alpha": 32}
+STEADY = "+ memory is kept"
+"""The line that has, besides all parts, what ``lora_kit/fast/steady.py`` does in the training loop."""
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 def settings() -> list[tuple[str, bool, tuple[str, ...]]]:
     """(name, packed, parts) of each line: padded, packed, then one part more at a time."""
-    order = ("attention", "linear", "mlp", "norm", "loss", "prefix")
+    order = ("attention", "linear", "mlp", "norm", "loss", "prefix", "kernels")
     lines = [("padded, plain peft", False, ()), ("packed, plain peft", True, ())]
-    return lines + [(f"+ {part}", True, order[:number]) for number, part in enumerate(order, 1)]
+    lines += [(f"+ {part}", True, order[:number]) for number, part in enumerate(order, 1)]
+    return [*lines, (STEADY, True, order)]
 
 
 def rows_of(base: Path, folder: Path, num_rows: int, quick: bool) -> list[Any]:
@@ -54,8 +58,9 @@ def rows_of(base: Path, folder: Path, num_rows: int, quick: bool) -> list[Any]:
     return [examples[row] for row in range(min(num_rows, len(examples)))]
 
 
-def measure(net, batches: list[list[Any]], precision: str, packed: bool, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Seconds of each batch, the summed loss, and bytes that memory rose by."""
+def measure(net, batches: list[list[Any]], precision: str, packed: bool, parts: tuple[str, ...],
+            times: int = 1) -> dict[str, Any]:
+    """Seconds of each batch, the last of so many times, the summed loss, and bytes that memory rose by."""
     import torch
 
     from lora_kit import fast, packing
@@ -68,17 +73,19 @@ def measure(net, batches: list[list[Any]], precision: str, packed: bool, parts: 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier settings freed is not to serve this one
     Path("/proc/self/clear_refs").write_text("5")
-    held, seconds, total = _memory("VmRSS"), [], 0.0
-    for rows in batches:
-        started = time.perf_counter()
-        batch = packing.packed_batch_of(rows, "cpu", "prefix" in parts) if packed else batch_of(rows, 0, "cpu")
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_sum(net, batch)
-        (loss / batch.num_trained_tokens).backward()
-        total += float(loss.detach())
-        for parameter in net.parameters():
-            parameter.grad = None
-        seconds.append(time.perf_counter() - started)
+    held = _memory("VmRSS")
+    for _ in range(times):
+        seconds, total = [], 0.0
+        for rows in batches:
+            started = time.perf_counter()
+            batch = (packing.packed_batch_of(rows, "cpu", "prefix" in parts) if packed else batch_of(rows, 0, "cpu"))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                loss = loss_sum(net, batch)
+            (loss / batch.num_trained_tokens).backward()
+            total += float(loss.detach())
+            for parameter in net.parameters():
+                parameter.grad = None
+            seconds.append(time.perf_counter() - started)
     rose = _memory("VmHWM") - held
     fast.stop_fast(net)
     packing.stop_packing(net.get_base_model())
@@ -94,6 +101,7 @@ def run(arguments: argparse.Namespace, threads: int, folder: Path) -> list[dict[
     import torch
 
     from lora_kit import adapter, model
+    from lora_kit.fast.steady import steady
     from lora_kit.recipe import LoraSection
     from tests import fetch, tiny
 
@@ -109,7 +117,10 @@ def run(arguments: argparse.Namespace, threads: int, folder: Path) -> list[dict[
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(arguments.rounds + 1):  # the first warms up
         for name, packed, parts in settings():
-            found.setdefault(name, []).append(measure(net, batches, arguments.precision, packed, parts))
+            with steady() if name == STEADY else nullcontext():
+                # What is kept serves from the second time on.
+                found.setdefault(name, []).append(
+                    measure(net, batches, arguments.precision, packed, parts, 2 if name == STEADY else 1))
     num_tokens = sum(len(row.tokens_T) for row in rows)
     lines = []
     for name, rounds in found.items():

@@ -315,7 +315,8 @@ class Benchmark:
         print(f"\nsettings tried, {_threads_text(num_threads)}, a few steps each", flush=True)
         tried: list[dict[str, Any]] = []
         if best is None:
-            tried += self.screened("trl", grid(), num_threads)
+            tried += self.screened("trl", [name for name in grid() if name.split("+")[0] in self.arguments.grid_precision],
+                                   num_threads)
             again = dict.fromkeys([*_in_order(tried)[:3], TRL_DEFAULTS])
             tried += self.screened("trl", [f"{name}+compile" for name in again], num_threads)
             best = next(iter(_in_order(tried)), None)
@@ -489,6 +490,8 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--screen-steps", type=int, default=3, help="steps of each setting of the grid; at least 2")
     parser.add_argument("--precision", nargs="+", default=["auto"], choices=("auto", "bf16", "fp32"), help="lora-kit's")
     parser.add_argument("--pack-tokens", type=int, metavar="N", help="lora-kit's tokens of a pass; default: its own")
+    parser.add_argument("--grid-precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of TRL's "
+                        "settings try these only: fp32 takes hours, and up to 16 GB, where bf16 is quick")
     parser.add_argument("--trl-best", metavar="NAME", help="TRL's best setting, from an earlier grid: no grid then")
     parser.add_argument("--hf-best", choices=PRECISIONS, help="the same of HF Trainer")
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows of any format of lora-kit")
