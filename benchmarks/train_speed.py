@@ -315,8 +315,8 @@ class Benchmark:
         print(f"\nsettings tried, {_threads_text(num_threads)}, a few steps each", flush=True)
         tried: list[dict[str, Any]] = []
         if best is None:
-            tried += self.screened("trl", [name for name in grid() if name.split("+")[0] in self.arguments.grid_precision],
-                                   num_threads)
+            wanted = self.arguments.grid_precision
+            tried += self.screened("trl", [name for name in grid() if name.split("+")[0] in wanted], num_threads)
             again = dict.fromkeys([*_in_order(tried)[:3], TRL_DEFAULTS])
             tried += self.screened("trl", [f"{name}+compile" for name in again], num_threads)
             best = next(iter(_in_order(tried)), None)
