@@ -235,7 +235,8 @@ def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list
     strict = bool(recipe.eval.artifacts)
     arguments = {
         "artifact": artifact.as_dict(),
-        "tasks": [{"name": task.name, "spec": task.spec.model_dump(mode="json")} for task in suite.tasks],
+        "tasks": [{"name": task.name, "spec": task.spec.model_dump(mode="json"), "folder": str(task.folder)}
+                  for task in suite.tasks],
         "data_dir": str(data_dir), "work_dir": str(work), "tools_mode": recipe.data.tools, "samples": samples,
         "sample_tokens": recipe.eval.sample_tokens, "threads": recipe.eval.threads, "limit": recipe.eval.limit,
         "seed": recipe.seed, "strict": strict, "training": training, "only": only,
@@ -398,7 +399,9 @@ def _as_table(scores: list[TaskScore], differences: list[dict]) -> events.Table:
 def _flips_table(flips: list[dict]) -> events.Table:
     return events.Table(title="Items that changed, stage by stage", rows=[[
         f"{each['task']} {each['metric']}", f"{each['baseline']} → {each['artifact']}",
-        f"{each['num_worse']}", f"{each['num_better']}", f"{each['num_items']}"] for each in flips],
+        f"{each['num_worse']}", f"{each['num_better']}",
+        f"{each['num_items']}" + (f" ({each['num_numeric']} flips numeric)" if each["num_numeric"] else "")]
+        for each in flips],
         columns=["task", "stage", "worse (right → wrong)", "better (wrong → right)", "items"])
 
 

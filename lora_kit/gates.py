@@ -40,8 +40,9 @@ Corpus = Callable[[Sequence[Any]], float]
 ALPHA = LEVEL / 2
 """Chance of a wrong PASS, and of a wrong FAIL, over all gates."""
 NUMERIC_NATS = 2e-4
-"""A flip whose margin moved by less is called numeric: log-probabilities of two fp32 implementations agree to 1e-4
-(benchmarks/eval_parity.py), and a margin is a difference of two."""
+"""A flip whose margin moved by less is called numeric, where nothing tells how much the engines round:
+log-probabilities of two fp32 implementations agree to 1e-4 (benchmarks/eval_parity.py), and a margin is a difference of
+two."""
 _MOST_TIMES = 1000
 """As many times the items are still worth naming as what would decide."""
 _EXAMPLES = 10
@@ -266,7 +267,11 @@ def _have_outcomes(items: ScoredItems) -> bool:
 
 def _is_numeric(one: dict[str, Any], other: dict[str, Any]) -> bool:
     margins = one.get("margin"), other.get("margin")
-    return None not in margins and abs(margins[0] - margins[1]) <= NUMERIC_NATS
+    if None in margins:
+        return False
+    # What an engine measured of its own rounding; half of NUMERIC_NATS is what each side has by default.
+    noise = sum(side.get("noise") or NUMERIC_NATS / 2 for side in (one, other))
+    return abs(margins[0] - margins[1]) <= noise
 
 
 def _weights(items: ScoredItems) -> list[float] | None:

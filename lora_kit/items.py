@@ -12,13 +12,15 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_kit import assertions, metrics, prepared, rows
+from lora_kit import assertions, lm_eval_library, lm_eval_task, metrics, prepared, rows
 from lora_kit.errors import DataError
 from lora_kit.formats import UnusableRow
+from lora_kit.lm_eval_library import LibraryTask
+from lora_kit.lm_eval_task import LmEvalTask
 from lora_kit.recipe import DataSource, Recipe
 from lora_kit.suite import GenerateTask, Task, TextTask
 from lora_kit.types import Conversation, Message
@@ -32,6 +34,8 @@ class Item:
 
     ``target`` is a list where several texts are right, each as good as the others. ``stratum``: what kind it is of,
     where the task says so.
+    ``likelihood`` is what a task by likelihood asks: context, continuations, choices and gold of
+    ``lm_eval_task.Asked``.
     """
 
     item_id: str
@@ -41,9 +45,10 @@ class Item:
     target: str | list[str]
     inputs: dict[str, str]
     stratum: str = ""
+    likelihood: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "likelihood" or value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,7 @@ class Items:
 
 
 def make_items(task: Task, recipe: Recipe, relative_to: Path, held_out: list[Conversation]) -> Items:
-    """The items of a ``generate`` or ``text`` task; of the latter, ``target`` is the text and nothing is asked.
+    """The items of a task; of a ``text`` task, ``target`` is the text and nothing is asked.
 
     Args:
         relative_to: the recipe's folder.
@@ -74,6 +79,10 @@ def make_items(task: Task, recipe: Recipe, relative_to: Path, held_out: list[Con
     spec = task.spec
     if isinstance(spec, TextTask):
         return _texts(task, spec, recipe)
+    if isinstance(spec, LmEvalTask):
+        return _likelihoods(task, spec, recipe)
+    if isinstance(spec, LibraryTask):
+        return _of_library(task, spec, recipe)
     assert isinstance(spec, GenerateTask)
     made, unusable, num_rows = [], Counter(), 0
     names_of: list[set[str]] = []
@@ -131,6 +140,47 @@ def _texts(task: Task, spec: TextTask, recipe: Recipe) -> Items:
     drawn = draw(made, min(limits, default=None), f"{recipe.seed} {task.name}")
     return Items(items=drawn, num_rows=num_rows, num_left_out=too_short, num_not_drawn=len(made) - len(drawn),
                  unusable=dict(unusable))
+
+
+def _likelihoods(task: Task, spec: LmEvalTask, recipe: Recipe) -> Items:
+    """The items of a task by likelihood; examples are drawn for each row, so that ``eval.limit`` changes none."""
+    entries, keys = _raw_rows(spec.data, task)
+    shots = None if spec.fewshot_data is None else [record for _, record in _raw_rows(spec.fewshot_data, task)[0]]
+    writer, made = lm_eval_task.Writer(spec, keys, shots), []
+    for origin, record in entries:
+        asked = writer.ask(record, origin)
+        cluster = str(_value(record, spec.cluster_by, origin)) if spec.cluster_by else origin
+        made.append(Item(
+            item_id=origin, cluster=cluster, tools=[], inputs={},
+            target="\n".join(asked.choices[number] for number in asked.gold),
+            messages=[{"role": "user", "content": asked.question}] if asked.question else [],
+            likelihood=asked.as_dict()))
+    made = _with_own_ids(made)
+    drawn = draw(made, recipe.eval.limit, f"{recipe.seed} {task.name}")
+    return Items(items=drawn, num_rows=len(made), num_left_out=0, num_not_drawn=len(made) - len(drawn))
+
+
+def _of_library(task: Task, spec: LibraryTask, recipe: Recipe) -> Items:
+    """The items of a task that lm-evaluation-harness asks: the numbers of its rows."""
+    made = [Item(item_id=f"{task.name}:{row['number']}", cluster=f"{task.name}:{row['number']}", tools=[],
+                 messages=[{"role": "user", "content": row["question"]}], target=row["target"],
+                 inputs={"number": str(row["number"])})
+            for row in lm_eval_library.rows_of(spec, task.folder)]
+    drawn = draw(made, recipe.eval.limit, f"{recipe.seed} {task.name}")
+    return Items(items=drawn, num_rows=len(made), num_left_out=0, num_not_drawn=len(made) - len(drawn))
+
+
+def _raw_rows(source: Any, task: Task) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """(origin, row) of each row of ``source``, and all keys that rows have; what a row lacks is None there.
+
+    lm-evaluation-harness reads rows through Arrow, which does so.
+    """
+    if not source.format and not source.source.startswith("python:"):
+        source = source.model_copy(update={"format": "text"})  # keys are read, whatever format they make
+    found = [(origin, record) for origin, record, _ in
+             rows.rows_of(source, prepared.resolve_source(source, task.folder))]
+    keys = dict.fromkeys(key for _, record in found for key in record)
+    return [(origin, keys | record) for origin, record in found], list(keys)
 
 
 def _cut(text: str, longest: int) -> str:
@@ -248,7 +298,7 @@ def _with_own_ids(made: list[Item]) -> list[Item]:
     for item in made:
         seen[item.item_id] += 1
         number = seen[item.item_id]
-        unique.append(item if number == 1 else Item(**{**item.as_dict(), "item_id": f"{item.item_id} ({number})"}))
+        unique.append(item if number == 1 else replace(item, item_id=f"{item.item_id} ({number})"))
     return unique
 
 

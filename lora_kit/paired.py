@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lora_kit import metrics
+from lora_kit import lm_eval_task, metrics
 from lora_kit.errors import RecipeError
 from lora_kit.report_document import Block, Cell, Document, Paragraph, Sample, Section, Table, Tone, Turn
 from lora_kit.scored import Key, Line, Scored, change_of, is_binary
@@ -189,6 +189,8 @@ def _one_task(key: Key, a: Scored, b: Scored) -> tuple[dict[str, Any], dict[str,
 
 def _corpus(metric: str):
     """What makes the value of a corpus metric from items' outcomes; None for a metric whose value is a mean."""
+    if metric.partition(",")[0] == "perplexity":
+        return lm_eval_task.perplexity
     try:
         return getattr(metrics.load(metric), "corpus", None)
     except RecipeError:  # held-out loss, or the metric of an items file from elsewhere

@@ -25,8 +25,9 @@ from lora_kit.recipe import DataSource, Recipe
 from lora_kit.sources import Resolved
 
 _PACKAGE = Path(__file__).parent
-_CODE = ("chat.py", "data.py", "items.py", "ledger.py", "overlap.py", "records.py", "rows.py", "selection.py",
-         "shorten.py", "spool.py", "tokens.py", "turns.py", "types.py", "formats")
+_CODE = ("chat.py", "data.py", "items.py", "ledger.py", "lm_eval_library.py", "lm_eval_task.py", "overlap.py",
+         "records.py", "rows.py", "selection.py", "shorten.py", "spool.py", "tokens.py", "turns.py", "types.py",
+         "formats")
 """Modules whose code decides tokens, masks or their counts; a test holds it to what data.py imports."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 

@@ -27,12 +27,13 @@ import numpy
 
 from lora_kit import sources
 from lora_kit.chat import load_tokenizer
-from lora_kit.types import Artifact, Generation
+from lora_kit.types import Artifact, Generation, Likelihood, Question
 
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "gguf", "llama-cpp-python", "numpy")
 """Libraries that take part in an answer."""
 _PACKAGE = Path(__file__).parent
+_ABOUT_LIKELIHOODS = b"about likelihoods"
 
 
 def artifact_key(artifact: Artifact, computes: dict[str, Any]) -> str:
@@ -137,6 +138,40 @@ class KnownEngine:
                                   lambda values_K: numpy.asarray(values_K, "<f4").tobytes(), read)
         return found
 
+    def likelihoods(self, questions: Sequence[Question], *, greedy: bool = False,
+                    apart: bool = False) -> list[list[Likelihood]]:
+        """As the engine's."""
+        keys = [request_key("likelihoods", question.context, question.continuations, greedy, apart)
+                for question in questions]
+
+        def ask(places: list[int]) -> list[list[Likelihood]]:
+            real = self._real()
+            found = real.likelihoods([questions[place] for place in places], greedy=greedy, apart=apart)
+            self._store.put({_ABOUT_LIKELIHOODS: json.dumps(_about_likelihoods(real)).encode()})
+            return found
+
+        return self._answered(keys, ask, _likelihood_bytes, _likelihoods)
+
+    @property
+    def likelihood_noise(self) -> float:
+        """As the engine's, measured when it last read something."""
+        return self._kept_about_likelihoods()["noise"]
+
+    @property
+    def likelihood_note(self) -> str:
+        """As the engine's."""
+        return self._kept_about_likelihoods()["note"]
+
+    @property
+    def batches_likelihoods(self) -> bool:
+        """As the engine's."""
+        return self._kept_about_likelihoods()["batches"]
+
+    def _kept_about_likelihoods(self) -> dict[str, Any]:
+        with suppress(ValueError, TypeError):
+            return {"noise": 0.0, "note": "", "batches": False} | json.loads(self._store.get(_ABOUT_LIKELIHOODS))
+        return _about_likelihoods(self._real())
+
     def close(self) -> None:
         """As the engine's."""
         self._store.close()
@@ -174,6 +209,18 @@ def known(artifact: Artifact, computes: dict[str, Any], opened: Callable[[], Any
     except OSError:
         return opened()
     return KnownEngine(artifact, key, opened)
+
+
+def _about_likelihoods(engine: Any) -> dict[str, Any]:
+    return {"noise": engine.likelihood_noise, "note": engine.likelihood_note, "batches": engine.batches_likelihoods}
+
+
+def _likelihood_bytes(found: list[Likelihood]) -> bytes:
+    return json.dumps([[each.log_prob, each.greedy] for each in found]).encode()
+
+
+def _likelihoods(value: bytes) -> list[Likelihood]:
+    return [Likelihood(log_prob=float(log_prob), greedy=greedy) for log_prob, greedy in json.loads(value)]
 
 
 def _generation_bytes(answer: Generation) -> bytes:

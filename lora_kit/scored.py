@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_kit import metrics, rundir
+from lora_kit import lm_eval_task, metrics, rundir
 from lora_kit.errors import RecipeError, RefusedError
 from lora_kit.suite import LOSS
 
@@ -39,6 +39,9 @@ class Scored:
         """Whether more of the metric is better: as the evaluation said, or as the metric says by itself."""
         if key in self.higher:
             return self.higher[key]
+        metric = key[1].partition(",")[0]
+        if any(metric in names for names in lm_eval_task.METRICS.values()):
+            return metric not in lm_eval_task.LOWER_IS_BETTER
         try:
             return key[1] != LOSS and metrics.load(key[1]).HIGHER_IS_BETTER
         except RecipeError:

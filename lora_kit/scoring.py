@@ -22,9 +22,20 @@ from typing import Any
 
 import numpy
 
-from lora_kit import chat, items, metrics, score_cache, template_check, tokens
+from lora_kit import (
+    chat,
+    items,
+    lm_eval_library,
+    metrics,
+    multiple_choice,
+    score_cache,
+    template_check,
+    tokens,
+)
 from lora_kit.engines import computes, open_engine
 from lora_kit.errors import DataError, MachineError, RecipeError
+from lora_kit.lm_eval_library import LibraryTask
+from lora_kit.lm_eval_task import LmEvalTask
 from lora_kit.rundir import writing
 from lora_kit.suite import BITS, FEWSHOT, KINDS, LOSS, GenerateTask, HeldOutLossTask, TextTask
 from lora_kit.types import Artifact, Example, ItemScore
@@ -42,7 +53,7 @@ def score_artifact(
     """Load ``artifact`` in this process and score it on every task.
 
     Args:
-        tasks: ``{"name", "spec"}`` of each, in order.
+        tasks: ``{"name", "spec", "folder"}`` of each, in order.
         work_dir: the stage's folder with ``items/``; to ``<subject>/items.jsonl`` in it lines are added.
         samples: prompts (``messages``, ``tools``) that the base and the merged model answer.
         strict: raise when an engine is missing, in place of listing the task as not measured.
@@ -77,6 +88,12 @@ def score_artifact(
                         asked["items"] = [item for item in asked["items"] if item["item_id"] in chosen]
                     if isinstance(spec, TextTask):
                         lines[subject.name] += subject.texts(name, asked["items"])
+                    elif isinstance(spec, LibraryTask):
+                        lines[subject.name] += lm_eval_library.score(
+                            subject.engine(generates=True), name, spec, Path(task["folder"]), asked["items"],
+                            subject.max_tokens)
+                    elif isinstance(spec, LmEvalTask):
+                        lines[subject.name] += subject.likelihoods(name, spec, asked["items"])
                     else:
                         lines[subject.name] += subject.answers(name, spec, asked["items"], [])
                     if subject.name == "base" and asked["examples"]:
@@ -174,6 +191,19 @@ class _Subject:
                               cluster=item["cluster"], reason=f"{num_bytes} bytes", error=error)
             scored.append({"task": task, "metric": BITS, **score.as_dict(), "weight": num_bytes})
         return scored
+
+    def likelihoods(self, task: str, spec: LmEvalTask, asked: list[dict]) -> list[dict[str, Any]]:
+        """A line for each metric and item, by how likely its continuations are."""
+        engine = self.engine(generates=False)
+        for item in asked:
+            about = item["likelihood"]
+            if "messages" in about:
+                about["context"] = chat.render(engine.tokenizer, about["messages"], None, add_generation_prompt=True,
+                                               origin=item["item_id"])
+        lines = multiple_choice.score(engine, task, spec, asked, self.max_tokens)
+        if engine.likelihood_note:
+            self.last_engine = f"{engine.name}, each answer read with its whole prompt ({engine.likelihood_note})"
+        return lines
 
     def answers(self, task: str, spec: GenerateTask, asked: list[dict], examples: list[dict]) -> list[dict[str, Any]]:
         """A line for each metric and item: greedy answers, scored."""

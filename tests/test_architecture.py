@@ -21,7 +21,8 @@ PACKAGE = ROOT / "lora_kit"
 
 LEVELS = {
     0: "errors units",
-    1: "activations footprint devices outlook calibration latency speed_ratio report_latency "
+    1: "task_source lm_eval_task lm_eval_library multiple_choice "
+       "activations footprint devices outlook calibration latency speed_ratio report_latency "
        "ci_files "
        "budget "
        "assertions "
@@ -30,7 +31,7 @@ LEVELS = {
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
        "report_proofs scored paired report_items junit eval_checks intervals claims comparison power sequential "
        "stopwatch launch ranks choices",
-    2: "lean_decoder "
+    2: "lean_decoder likelihood "
        "merging tensor_files "
        "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check libraries optimizer trackers template_check "

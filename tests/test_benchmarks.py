@@ -119,3 +119,15 @@ def test_save_time(tmp_path):
     assert figures["share"] == pytest.approx(
         figures["save_seconds"] / (figures["save_seconds"] + 20 * figures["step_seconds"]))
     assert "share of time" in printed
+
+
+def test_eval_parity(tmp_path):
+    pytest.importorskip("lm_eval", reason="an extra")
+    figures, printed = quick("eval_parity.py", tmp_path)
+    assert figures["missed"] == [] and {row["task"] for row in figures["rows"]} == {
+        "arc_easy", "openbook_qa", "piqa", "stdlib_prose"}
+    for row in figures["rows"]:
+        assert row["shots"] in (0, 5) and row["items"] == row["items_exact"] == 12
+        assert row["other_requests"] == row["other_tokens"] == row["other_acc"] == row.get("other_acc_norm", 0) == 0
+        assert 0 < row["largest_difference"] < 1e-4 and row["times_faster"] > 0 and not row["note"]
+    assert any(0 < row["acc"] < 1 for row in figures["rows"]) and "everything is equal" in printed

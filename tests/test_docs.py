@@ -133,14 +133,17 @@ def test_recipes_suites_and_tasks_are_read(page, tmp_path):
     for text in blocks(page, "yaml"):
         tree = YAML(typ="safe", pure=True).load(text)
         if "tasks" in tree:
+            (tmp_path / "capitals.yaml").write_text(next(
+                (other for other in blocks(page, "yaml") if other.startswith("# capitals.yaml")), ""))
             (tmp_path / "suite.yaml").write_text(text)
             read_suite("./suite.yaml", tmp_path, ["base", "merged", "gguf-q8_0"])
             continue
-        if "kind" in tree:
+        if "kind" in tree or "output_type" in tree:
             for folder, content in (("suites/s.yaml", "tasks: shown\n"), ("tasks/shown/task.yaml", text)):
                 (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / folder).write_text(content)
-            assert read_suite("suites/s.yaml", tmp_path).tasks[0].spec.kind == tree["kind"]
+            assert read_suite("suites/s.yaml", tmp_path).tasks[0].spec.kind == \
+                tree.get("kind", tree.get("output_type"))
             continue
         assert set(tree) <= set(Recipe.model_fields), "neither a recipe nor a part of one"
         needed = {"model": "model: {base: ./model}\n", "data": "data: {train: rows.jsonl}\n"}

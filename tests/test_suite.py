@@ -93,8 +93,10 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("task, problem", [
-    ("metrics: [rouge_l]\n", "1: 'kind' is missing; known kinds: held_out_loss, generate, text"),
-    ("description: x\nkind: multiple\n", "2: there is no kind 'multiple'; known kinds: held_out_loss, generate, text"),
+    ("metrics: [rouge_l]\n", "1: 'kind' is missing; known kinds: held_out_loss, generate, text, "
+     "multiple_choice, loglikelihood, loglikelihood_rolling, lm_eval"),
+    ("description: x\nkind: multiple\n", "2: there is no kind 'multiple'; known kinds: held_out_loss, generate, text, "
+     "multiple_choice, loglikelihood, loglikelihood_rolling, lm_eval"),
     ("kind: generate\nkind: generate\n", "2: key 'kind' stands twice, first on line 1; remove one of them"),
     ("kind: generate\ndata: held_out\nmetrics: rouge\n", "3: there is no metric 'rouge'; did you mean 'rouge_l'?"),
     ("kind: generate\ndata: held_out\nmetrics: [chrf, chrf]\n", "3: metric 'chrf' stands twice; remove one of them"),

@@ -29,7 +29,7 @@ import numpy as np
 
 from lora_kit.errors import MachineError, RecipeError
 from lora_kit.model_files import configured_stop_ids as configured_stop_ids
-from lora_kit.types import Artifact, Generation
+from lora_kit.types import Artifact, Generation, Likelihood, Question
 
 ENGINE_OF_KIND = {"hf": ("hf",), "adapter": ("hf",), "gguf": ("llamacpp",)}
 """Engines that serve an artifact's kind when nothing else is asked for."""
@@ -51,6 +51,12 @@ class Engine(ABC):
     tokenizer: Any
     stop_ids: tuple[int, ...]
     num_tokens: int
+    likelihood_noise: float = 1e-4
+    """Nats by which rounding moves the log-probability of a text: measured, or what fp32 comes to."""
+    likelihood_note: str = ""
+    """Why :meth:`likelihoods` takes a slower way than it could."""
+    batches_likelihoods: bool = False
+    """Whether :meth:`likelihoods` depends, by rounding, on which questions it is given together."""
 
     @abstractmethod
     def generate(
@@ -81,6 +87,26 @@ class Engine(ABC):
         """
         tokens_T, positions_K = np.asarray(tokens_T, dtype=np.int64), checked_positions(tokens_T, positions_K)
         return self.log_probs(tokens_T.tolist())[positions_K - 1, tokens_T[positions_K]]
+
+    def likelihoods(self, questions: Sequence[Question], *, greedy: bool = False,
+                    apart: bool = False) -> list[list[Likelihood]]:
+        """How likely each continuation of each question is; the log-probabilities of its tokens, summed.
+
+        An engine that can read what continuations share once has its own.
+
+        Args:
+            greedy: also say whether each token of a continuation is the most likely one.
+            apart: no two questions in one batch.
+        """
+        return [[self._likelihood(question.context, continuation) for continuation in question.continuations]
+                for question in questions]
+
+    def _likelihood(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
+        # The last token is predicted, not read.
+        rows_KV = self.log_probs([*context, *continuation[:-1]])[-len(continuation):]
+        chosen_K = rows_KV[np.arange(len(continuation)), list(continuation)]
+        return Likelihood(log_prob=float(chosen_K.sum(dtype=np.float64)),
+                          greedy=bool((rows_KV.argmax(1) == np.asarray(continuation)).all()))
 
     @abstractmethod
     def time_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:

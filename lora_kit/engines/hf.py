@@ -29,8 +29,9 @@ from lora_kit.chat import load_tokenizer, stop_token_ids
 from lora_kit.engines import Engine, StopStrings, checked_positions, configured_stop_ids, stop_strings
 from lora_kit.errors import ModelError
 from lora_kit.hardware import cpu_supports_bf16, memory_bytes
+from lora_kit.likelihood import Reader
 from lora_kit.model import load_base, read_config, torch_dtype
-from lora_kit.types import Artifact, Generation
+from lora_kit.types import Artifact, Generation, Likelihood, Question
 
 BATCH_ROWS = 16
 """Most prompts that are answered together; more of them come in several batches, in order of length."""
@@ -173,6 +174,25 @@ class HfEngine(Engine):
         self._lean: Any = False
         self._decodes_itself = _grows_plainly(plain) and self._options >= {
             self._cache_key, "attention_mask", "position_ids", "logits_to_keep"}
+        why = "" if self._decodes_itself else "this model's cache forgets or folds what it has read"
+        self._reader = Reader(model, why, _groups, self._cache_key)
+
+    batches_likelihoods = True
+
+    @property
+    def likelihood_noise(self) -> float:
+        import torch
+
+        # Small models may round alike in all shapes that were tried; none knows more than its type does.
+        return max(self._reader.noise or 0.0, torch.finfo(self.model.dtype).eps, 1e-6)
+
+    @property
+    def likelihood_note(self) -> str:
+        return self._reader.why_plain
+
+    def likelihoods(self, questions: Sequence[Question], *, greedy: bool = False,
+                    apart: bool = False) -> list[list[Likelihood]]:
+        return self._reader.read(questions, greedy=greedy, apart=apart)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False,
@@ -380,7 +400,7 @@ class HfEngine(Engine):
     def close(self) -> None:
         import torch
 
-        self.model = self._lean = None
+        self.model = self._lean = self._reader.head.model = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ import numpy as np
 from lora_kit.chat import load_tokenizer, stop_token_ids
 from lora_kit.engines import Engine, configured_stop_ids, stop_strings
 from lora_kit.errors import MachineError, ModelError
-from lora_kit.types import Artifact, Generation
+from lora_kit.types import Artifact, Generation, Likelihood, Question
 
 BATCH_TOKENS = 512
 """Tokens handed to llama.cpp at once."""
@@ -94,6 +94,7 @@ class LlamaCppEngine(Engine):
         # As torch does: a second thread on a core that someone else keeps busy costs more than it gives.
         self._threads = threads or int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
         self._context, self._context_size, self._counts = None, (0, 0), counts
+        self._noise: float | None = None
         self._model = None
         _silence(llama_cpp)
         llama_cpp.llama_backend_init()
@@ -146,10 +147,45 @@ class LlamaCppEngine(Engine):
         for first in range(0, len(tokens), BATCH_TOKENS):
             chunk = tokens[first : first + BATCH_TOKENS]
             logits_TV = self._decode([(token, first + i, 0, True) for i, token in enumerate(chunk)])
-            logits_TV -= logits_TV.max(axis=1, keepdims=True)
-            logits_TV -= np.log(np.exp(logits_TV).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
-            parts.append(logits_TV)
+            parts.append(_log_softmax(logits_TV))
         return np.concatenate(parts)
+
+    def likelihoods(self, questions: Sequence[Question], *, greedy: bool = False,
+                    apart: bool = False) -> list[list[Likelihood]]:
+        # A continuation is a sequence of its own that begins with the cells of the context, which is read once.
+        found = [self._likelihoods(question) if len(question.continuations) < MAX_SEQUENCES and not apart
+                 else super(LlamaCppEngine, self).likelihoods([question])[0] for question in questions]
+        if found and self._noise is None and not apart:
+            [again] = super().likelihoods(questions[:1])
+            self._noise = max(abs(one.log_prob - other.log_prob)
+                              for one, other in zip(found[0], again, strict=True))
+        return found
+
+    batches_likelihoods = True
+
+    @property
+    def likelihood_noise(self) -> float:
+        return max(self._noise or 0.0, Engine.likelihood_noise)
+
+    def _likelihoods(self, question: Question) -> list[Likelihood]:
+        start, number = len(question.context), len(question.continuations)
+        self._fresh_context(start + sum(map(len, question.continuations)), number + 1)
+        first_V = self._prefill([question.context])[0]
+        memory = self._lib.llama_get_memory(self._context)
+        for sequence in range(1, number + 1):
+            self._lib.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+        # The last token is predicted, not read.
+        entries = [(token, start + place, sequence, True) for sequence, each in enumerate(question.continuations, 1)
+                   for place, token in enumerate(each[:-1])]
+        parts = [self._decode(entries[i : i + BATCH_TOKENS]) for i in range(0, len(entries), BATCH_TOKENS)]
+        rows_KV, found, row = _log_softmax(np.concatenate([first_V[None], *parts])), [], 1
+        for each in question.continuations:
+            own_KV = rows_KV[[0, *range(row, row + len(each) - 1)]]
+            row += len(each) - 1
+            chosen_K = own_KV[np.arange(len(each)), list(each)]
+            found.append(Likelihood(log_prob=float(chosen_K.sum(dtype=np.float64)),
+                                    greedy=bool((own_KV.argmax(1) == np.asarray(each)).all())))
+        return found
 
     def time_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:
         self._fresh_context(sum(len(prompt) + new_tokens for prompt in prompts), len(prompts))
@@ -251,6 +287,13 @@ class LlamaCppEngine(Engine):
             return np.zeros((0, self.num_tokens), np.float32)
         flat = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), shape=(num_wanted * self.num_tokens,))
         return flat.reshape(num_wanted, self.num_tokens).copy()
+
+
+def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
+    """Log-probabilities in place of ``logits_TV``."""
+    logits_TV -= logits_TV.max(axis=1, keepdims=True)
+    logits_TV -= np.log(np.exp(logits_TV).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return logits_TV
 
 
 _no_log = None

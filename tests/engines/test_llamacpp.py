@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lora_kit.engines import open_engine
+from lora_kit.engines import Engine, open_engine
 from lora_kit.errors import MachineError, ModelError
 from lora_kit.quantizers import gguf
-from lora_kit.types import Artifact
+from lora_kit.types import Artifact, Question
 from tests import tiny
 
 pytest.importorskip("llama_cpp")
@@ -42,6 +42,23 @@ def test_log_probs_agree_with_transformers_past_one_batch(engine, reference):
     kl = (np.exp(expected) * (expected - found)).sum(axis=1)
     assert kl.mean() < 1e-4
     assert np.abs(expected - np.roll(found, 1, axis=0)).mean() > 0.1  # were rows shifted, it would show
+
+
+def test_likelihoods_are_those_of_each_text_by_itself(engine, reference):
+    questions = [Question(context=tuple(tokens(length, length)), continuations=tuple(
+        tuple(tokens(1 + (length + k) % 7, k)) for k in range(number)))
+        for length, number in ((1, 3), (40, 5), (600, 2))]
+    questions.append(Question(context=tuple(tokens(5)), continuations=tuple((3 + k, 7) for k in range(70))))
+    found = engine.likelihoods(questions, greedy=True)
+    assert [len(each) for each in found] == [3, 5, 2, 70]
+    assert Engine.likelihood_noise <= engine.likelihood_noise < 0.01
+    assert engine.likelihoods(questions, apart=True) == Engine.likelihoods(engine, questions)
+    for ours, alone, theirs in zip(found, engine.likelihoods(questions, apart=True), reference.likelihoods(questions),
+                                   strict=True):
+        for one, by_itself, other in zip(ours, alone, theirs, strict=True):
+            # Keys and values are kept in 16 bits.
+            assert one.log_prob == pytest.approx(by_itself.log_prob, abs=0.01) and one.greedy is by_itself.greedy
+            assert one.log_prob == pytest.approx(other.log_prob, abs=0.05)
 
 
 def test_answers_agree_with_transformers(engine, reference):
