@@ -30,7 +30,8 @@ resident memory, start (from the start of the process to the first step: imports
 the first two steps took longer than later ones a token, padding counted, and the compiling that lora-kit reports; the
 largest of the rounds),
 and how far the losses are from peft in fp32 with each row on its own: the largest relative difference of the first
-``--loss-steps`` steps. Where the trainer chooses which rows share a step there is no such figure.
+``--loss-steps`` steps (of a rival: of those that it is measured for). Where the trainer chooses which rows share a step
+there is no such figure.
 
 ``--check`` exits 1 when a target is missed: 6 times TRL's defaults, 4 times TRL's best, half of the peak memory of
 TRL's best, losses within 2e-3. They are stated for a CPU with bf16 matrix units. With ``--quick`` speed and memory
@@ -274,7 +275,7 @@ class Benchmark:
                           "warmup": 0.0, "stop_prompts": 0}}
 
     def _process(self, trainer: str, **request: Any) -> dict[str, Any]:
-        return run_process({**self.common, "trainer": trainer, **request}, self.folder)
+        return run_process({**self.common, "trainer": trainer, "clock": self.arguments.clock, **request}, self.folder)
 
     def ours(self) -> list[dict[str, Any]]:
         """lora-kit at each precision, with the fast path and, where the recipe can switch it off, without."""
@@ -341,7 +342,8 @@ class Benchmark:
                 if any("died" in answer for answer in rounds[each["name"]]):
                     continue
                 compared = number == 0 and not each["request"]["options"].get("own_order")
-                answer = self._process(threads=num_threads, steps=max(num_steps, loss_steps if compared else 0),
+                longer = compared and each["request"]["trainer"] == "lora-kit"  # whose losses a target is set for
+                answer = self._process(threads=num_threads, steps=max(num_steps, loss_steps if longer else 0),
                                        **each["request"])
                 rounds[each["name"]].append(answer)
                 print(f"  {each['name']:32} " + (answer.get("died") or "{:.1f} useful tokens/s".format(
@@ -452,6 +454,8 @@ def heading(figures: dict[str, Any]) -> str:
     if not at["cpu_bf16"]:
         lines.append("this CPU has no bf16 matrix units: bf16 is slower than fp32 on it, and the targets are stated "
                      "for a CPU that has them")
+    if figures["settings"].get("clock") == "cpu":
+        lines.append("--clock cpu: seconds of steps are CPU seconds of the process over its threads")
     if figures["quick"]:
         lines.append("--quick: a tiny random model; its figures say that this program works, and nothing of speed")
     return "\n".join(lines)
@@ -485,11 +489,13 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads, one table each")
     parser.add_argument("--rounds", type=int, default=3, help="how often each contestant is measured")
     parser.add_argument("--steps", type=int, default=8, help=f"steps of a measurement, {WARM_UP_STEPS} of them warm-up")
-    parser.add_argument("--loss-steps", type=int, default=20, help="steps whose losses are compared, in the first "
-                        "round at the first number of threads")
+    parser.add_argument("--loss-steps", type=int, default=20, help="steps of lora-kit whose losses are compared, in "
+                        "the first round at the first number of threads; a rival's are as many as it is measured for")
     parser.add_argument("--screen-steps", type=int, default=3, help="steps of each setting of the grid; at least 2")
     parser.add_argument("--precision", nargs="+", default=["auto"], choices=("auto", "bf16", "fp32"), help="lora-kit's")
     parser.add_argument("--pack-tokens", type=int, metavar="N", help="lora-kit's tokens of a pass; default: its own")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's CPU seconds over "
+                        "its threads, for a machine that others work on too")
     parser.add_argument("--grid-precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of TRL's "
                         "settings try these only: fp32 takes hours, and up to 16 GB, where bf16 is quick")
     parser.add_argument("--trl-best", metavar="NAME", help="TRL's best setting, from an earlier grid: no grid then")
@@ -522,7 +528,7 @@ def main(given: list[str] | None = None) -> int:
         "machine": machine(), "quick": arguments.quick, "train_fast": "fast" in TrainSection.model_fields,
         "settings": {"steps": arguments.steps, "warm_up_steps": WARM_UP_STEPS, "rounds": arguments.rounds,
                      "loss_steps": arguments.loss_steps, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE,
-                     "seed": SEED, "lora": LORA, "precision": arguments.precision}}
+                     "seed": SEED, "lora": LORA, "precision": arguments.precision, "clock": arguments.clock}}
     with tempfile.TemporaryDirectory(prefix="train-speed-") as name:
         benchmark = Benchmark(arguments, Path(name))
         figures |= {"rows": benchmark.rows_are, "data": benchmark.data}

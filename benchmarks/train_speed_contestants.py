@@ -72,6 +72,11 @@ def losses_of_reference(request: dict) -> list[float]:
     return losses
 
 
+def _now(request: dict) -> float:
+    """Seconds by the clock that ``request`` names: the wall's, or this process's CPU time over its threads."""
+    return time.process_time() / request["threads"] if request["clock"] == "cpu" else time.perf_counter()
+
+
 def train_here(request: dict) -> dict[str, Any]:
     """`lora-kit train` on a recipe that says what ``request`` does: its run folder's own figures."""
     from lora_kit import events, pipeline
@@ -79,12 +84,14 @@ def train_here(request: dict) -> dict[str, Any]:
 
     said: list[str] = []
     first_ended: list[float] = []
+    ended: list[float] = []
 
     def listen(event: events.Event) -> None:
         if isinstance(event, events.Caution):
             said.append(event.text)
         elif isinstance(event, events.Progress) and event.stage == "train":
             first_ended.append(time.time())
+            ended.append(_now(request))
 
     folder = Path(request["folder"])
     recipe = folder / "speed.yaml"
@@ -97,6 +104,9 @@ def train_here(request: dict) -> dict[str, Any]:
                        for name in ("metrics.jsonl", "timings.jsonl"))
     of_step = {entry["step"]: entry for entry in losses if "loss" in entry}
     timings = [entry for entry in timings if "step" in entry]  # not the parts of the start
+    if request["clock"] == "cpu":  # the run's own figures are the clock's; a step is from the end of the one before it
+        for entry, before, after in zip(timings[1:], ended, ended[1:], strict=False):
+            entry["seconds"] = after - before
     return {
         "steps": [{"seconds": entry["seconds"], "tokens": entry["tokens"], "processed": entry["tokens"],
                    "trained": of_step[entry["step"]]["trained_tokens"], "loss": of_step[entry["step"]]["loss"]}
@@ -159,10 +169,10 @@ def _train_with(trainer_class, config_class, net, request: dict, arguments: dict
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
             begun.append(time.time())
-            self.ended = time.perf_counter()
+            self.ended = _now(request)
 
         def on_step_end(self, *_, **__):
-            now = time.perf_counter()
+            now = _now(request)
             steps[-1]["seconds"], self.ended = now - self.ended, now
 
     class Counted(trainer_class):
