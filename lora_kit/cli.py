@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -227,7 +227,33 @@ def _do_stage(stage: str, target: Path | None, runs: Path, no_deps: bool, again:
     typer.echo(f"written to {opened.stage_dir(stage)}")
 
 
-_stage_verb("merge", "Merge the adapter of a run into its base and prove that nothing changed.")
+@app.command()
+def merge(
+    target: Annotated[Path | None, typer.Argument(metavar="RUN|ADAPTER", show_default=False, help=(
+        "A run folder (default: the newest), or an adapter in PEFT layout, with --base and --out."))] = None,
+    base: Annotated[str | None, typer.Option(help="For an ADAPTER: its base, as model.base in a recipe.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For an ADAPTER: the folder to write.")] = None,
+    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"] | None, typer.Option(
+        show_default=False, help="For an ADAPTER: type of the merged weights. Default: auto.")] = None,
+    runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False, debug: DebugOption = False,
+) -> None:
+    """Merge an adapter into its base and prove that nothing changed."""
+    from lora_kit.errors import RecipeError
+
+    if target is None or not (target / "adapter_config.json").exists():
+        if base or out or dtype:
+            raise RecipeError("merge", "--base, --out and --dtype are for an adapter folder",
+                              "name one, or set merge.dtype in the recipe")
+        _do_stage("merge", target, runs, no_deps, again)
+        return
+    if base is None or out is None:
+        raise RecipeError(str(target), "is an adapter, which needs its base and a folder to write",
+                          f"lora-kit merge {target} --base BASE --out FOLDER")
+    from lora_kit import pipeline
+
+    pipeline.merge_adapter(target, base, out, dtype or "auto")
+
+
 _stage_verb("quantize", "Quantize the merged model of a run and measure what it cost.")
 
 

@@ -474,8 +474,8 @@ def _delta(lora: Lora, a_RI, b_OR, first: int, last: int):
     return delta.mul_(lora.scale)
 
 
-def write_merged(plan: Plan, out_dir: Path, dtype: str) -> int:
-    """Write the merged weights to ``out_dir``, cast once to ``dtype``, file after file; returns the number of bytes.
+def write_merged(plan: Plan, out_dir: Path, dtype: str) -> dict[str, str]:
+    """Write the merged weights to ``out_dir``, cast once to ``dtype``, file after file; returns the SHA-256 of each.
 
     Raises:
         ModelError: a value does not fit into ``dtype``.
@@ -483,7 +483,7 @@ def write_merged(plan: Plan, out_dir: Path, dtype: str) -> int:
     """
     import torch
 
-    kind, total = torch_dtype(dtype), 0
+    kind, total, hashes = torch_dtype(dtype), 0, {}
     with Values(plan) as values:
         def pieces(entry: Entry) -> Iterator[Any]:
             target = plan.targets[entry.name]
@@ -501,8 +501,8 @@ def write_merged(plan: Plan, out_dir: Path, dtype: str) -> int:
             entries = [Entry(name=name, shape=target.shape, kind=_KIND_OF[dtype] if target.is_float
                              else target.source.kind)
                        for name, target in plan.targets.items() if plan.file_of[name] == file]
-            write_file(out_dir / file, entries, pieces)
+            hashes[file] = write_file(out_dir / file, entries, pieces)
             total += (out_dir / file).stat().st_size
     if len(set(plan.file_of.values())) > 1:
         write_index(out_dir, plan.file_of, total)
-    return total
+    return hashes

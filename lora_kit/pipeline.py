@@ -62,8 +62,8 @@ STAGES = (
           packages=("torch", "transformers", "peft", "accelerate", "bitsandbytes")),
     Stage(name="merge", module="lora_kit.merge", sections=("merge",), takes_from=("train",),
           packages=("torch", "transformers", "peft")),
-    Stage(name="quantize", module="lora_kit.quantize", sections=("quantize",), takes_from=("merge",),
-          packages=("torch", "transformers", "bitsandbytes", "gguf", "llama-cpp-python")),
+    Stage(name="quantize", module="lora_kit.quantize", sections=("quantize", "choose"), takes_from=("merge",),
+          packages=("torch", "transformers", "bitsandbytes", "gguf", "llama-cpp-python", "torchao", "auto-round")),
     Stage(name="bench", module="lora_kit.bench", sections=("bench",), takes_from=("merge", "quantize"),
           packages=("torch", "transformers", "bitsandbytes", "llama-cpp-python")),
     Stage(name="eval", module="lora_kit.evaluation", sections=("eval",), takes_from=("merge", "quantize"),
@@ -111,7 +111,7 @@ def check(recipe_file: RecipeFile) -> dict[str, Any]:
         baseline.read(_baseline_path(recipe_file), recipe_file.recipe.eval.baseline)
     base = find_base(recipe_file.recipe.model, recipe_file.folder)
     config = read_config(Path(base["artifact"]["path"]))
-    for form in recipe_file.recipe.quantize:
+    for form in recipe_file.recipe.forms:
         quantizers.load(form.method).check(config, form.type)
     return base
 
@@ -244,6 +244,26 @@ def _with(run: Run, key: str, value: str) -> Run:
                 "resolved_recipe": recipe_file.recipe.model_dump(mode="json")}
     with run.locked():
         return rundir.update(run, recipe_file, resolved)
+
+
+def merge_adapter(adapter_dir: Path, base: str, out_dir: Path, dtype: str = "auto") -> str:
+    """Merge any adapter in PEFT layout into ``base``, outside of a run; a line that says what came of it.
+
+    Args:
+        base: as ``model.base`` in a recipe; a path is relative to the working folder.
+
+    Raises:
+        GateFailed: the certificate failed; the model is there to look at.
+    """
+    from lora_kit import merge
+    from lora_kit.model import find_base
+    from lora_kit.recipe import ModelSection
+
+    found = find_base(ModelSection(base=base), Path.cwd())
+    summary, verdicts = merge.merge_adapter(Artifact(**found["artifact"]), base, adapter_dir, out_dir, dtype)
+    tell(Note(text=f"{out_dir}: {summary}"))
+    _raise_for(verdicts)
+    return summary
 
 
 def write_baseline(run: Run, path: Path) -> str:

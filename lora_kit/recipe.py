@@ -14,7 +14,7 @@ import json
 import re
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 
 def _no_bool(value: Any) -> Any:
@@ -81,7 +81,7 @@ class ModelSection(Section):
     has none or another one. Default: the tokenizer's own."""
     load_in: Literal["16bit", "8bit", "4bit"] = "16bit"
     """How training holds the base: 16bit (LoRA), 8bit or 4bit through bitsandbytes (QLoRA, nf4 with double
-    quantization). Merging always starts from the 16-bit base."""
+    quantization). The merge goes into the 16-bit base, or into this one, unpacked, where that scores better."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -334,25 +334,88 @@ class TrainSection(Section):
 class MergeSection(Section):
     """Base plus adapter as one plain model."""
 
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Type that the merged weights are cast to, once, after merging in fp32."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type that the merged weights are cast to, once, after merging in fp32. auto: bf16 where the adapter's change
+    survives it (at least 95 % kept, noise at most 0.4 of it), else fp16, or fp32 where a value does not fit."""
+
+
+Target = Literal["cpu", "gpu", "vllm", "ollama", "llama.cpp"]
+FORMS_OF_TARGET = {
+    "cpu": (("gguf", "q8_0"), ("gguf", "q6_k"), ("gguf", "q4_k_m")),
+    "gpu": (("bitsandbytes", "int8"), ("bitsandbytes", "nf4")),
+    "vllm": (("auto_round", "w4"), ("bitsandbytes", "nf4")),
+    "ollama": (("gguf", "q8_0"), ("gguf", "q4_k_m")),
+    "llama.cpp": (("gguf", "q8_0"), ("gguf", "q6_k"), ("gguf", "q5_k_m"), ("gguf", "q4_k_m")),
+}
+"""Where a model will run -> (method, type) of the forms that are made for it."""
 
 
 class QuantizeForm(Section):
-    """One quantized form of the merged model."""
+    """One quantized form of the merged model, by method and type, or all forms for where the model will run."""
 
-    method: str
-    """One of `lora_kit/quantizers/`: bitsandbytes, gguf."""
-    type: str
-    """The method's type: int8 or nf4 (bitsandbytes), q8_0 (gguf)."""
+    method: str | None = None
+    """One of `lora_kit/quantizers/`: bitsandbytes, gguf, torchao, auto_round."""
+    type: str | None = None
+    """The method's type: int8 or nf4 (bitsandbytes), q8_0, q6_k, q5_k_m or q4_k_m (gguf), int8 (torchao), w4
+    (auto_round)."""
+    target: Target | None = None
+    """Where the model will run, in place of method and type: cpu (GGUF in 8, 6 and 4 bits), gpu (bitsandbytes int8 and
+    nf4), vllm (auto_round w4, bitsandbytes nf4), ollama (GGUF in 8 and 4 bits), llama.cpp (GGUF in 8, 6, 5 and 4)."""
     max_kl: Positive | None = None
     """Fail when the mean KL divergence from the merged model exceeds this (nats per token)."""
     min_top1: Annotated[float, Field(gt=0, le=1), _NumberOnly] | None = None
     """Fail when fewer than this share of tokens keep the merged model's first choice."""
+    min_gain_retained: Annotated[float, Field(gt=0, le=1), _NumberOnly] | None = None
+    """Fail when less than this share of what training gained in the loss of held-out answers is kept: surely less, by a
+    95 % interval. Where the interval cannot tell the gate is inconclusive."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_way(cls, value: Any, handler: Any) -> QuantizeForm:
+        """Method and type, or a target; told beside whatever else is wrong."""
+        errors: list[Any] = []
+        if isinstance(value, dict) and value.get("target") is None:
+            errors = [{"type": "missing", "loc": (key,), "input": value} for key in ("method", "type")
+                      if value.get(key) is None]
+        try:
+            made = handler(value)
+        except ValidationError as error:
+            errors += [{key: each[key] for key in ("type", "loc", "input", "ctx") if key in each}
+                       for each in error.errors()]
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        if made.target is not None and (made.method is not None or made.type is not None):
+            raise ValueError("a target says which methods and types are made; leave out method and type")
+        return made
 
     @property
     def name(self) -> str:
         return f"{self.method}-{self.type}"
+
+    @property
+    def forms(self) -> list[QuantizeForm]:
+        """The forms that this entry stands for, each with its bounds."""
+        if self.target is None:
+            return [self]
+        return [self.model_copy(update={"method": method, "type": type, "target": None})
+                for method, type in FORMS_OF_TARGET[self.target]]
+
+
+class ChooseSection(Section):
+    """What an artifact may cost to be recommended after quantizing. Nothing fails by it."""
+
+    max_megabytes: Positive | None = None
+    """Largest weight file, in 10^6 bytes."""
+    max_kl: Positive | None = None
+    """Largest mean KL divergence from the merged model (nats per token)."""
+    min_top1: Annotated[float, Field(gt=0, le=1), _NumberOnly] | None = None
+    """Smallest share of tokens that keep the merged model's first choice. Default: 0.9 where no gain can be told."""
+    min_gain_retained: Annotated[float, Field(gt=0, le=1), _NumberOnly] | None = None
+    """Smallest share of what training gained that is kept, as measured. Default: 0.95."""
+    min_tokens_per_second: Positive | None = None
+    """Slowest decoding, one prompt at a time, on the machine that quantizes."""
+    prefer: Literal["size", "speed"] = "size"
+    """Of those within the budget: the smallest, or the quickest."""
 
 
 class BenchSection(Section):
@@ -456,9 +519,20 @@ class Recipe(Section):
     merge: MergeSection = MergeSection()
     quantize: Annotated[list[QuantizeForm], BeforeValidator(_as_list)] = []
     """Quantized forms to make, each from the merged 16-bit model."""
+    choose: ChooseSection = ChooseSection()
     bench: BenchSection = BenchSection()
     eval: EvalSection = EvalSection()
     cost: CostSection | None = None
+
+    @property
+    def forms(self) -> list[QuantizeForm]:
+        """Every quantized form by method and type, targets spelt out; what two targets share is made once."""
+        found: dict[str, QuantizeForm] = {}
+        for entry in self.quantize:
+            for form in entry.forms:
+                if entry.target is None or form.name not in found:
+                    found[form.name] = form
+        return list(found.values())
 
     def section_json(self, *names: str) -> dict[str, Any]:
         """The named sections as plain JSON values, for fingerprints and lock files."""

@@ -142,7 +142,8 @@ def _unknown_names(recipe: Recipe, values: dict, place: yaml_file.Places) -> lis
     methods = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "quantizers")])]
     for index, form in enumerate(recipe.quantize):
         at = ("quantize", index) if isinstance(values["quantize"], list) else ("quantize",)
-        check((*at, "method"), form.method, methods, "quantizer")
+        if form.method is not None:
+            check((*at, "method"), form.method, methods, "quantizer")
     return problems
 
 
@@ -213,11 +214,14 @@ def _without_effect(recipe: Recipe, values: dict, place: yaml_file.Places) -> li
     for reference, sha256, loc in pinned:
         if sha256 and not reference.startswith("pypi:"):
             report(loc, "only a pypi: archive is checked by it", "remove it")
-    forms = [form.name for form in recipe.quantize]
-    for index, name in enumerate(forms):
-        if name in forms[:index]:
+    named = [form.target or form.name for form in recipe.quantize]
+    for index, name in enumerate(named):
+        if name in named[:index]:
             report(("quantize", index), f"{name} stands twice", "remove one of them")
-    known = ["base", "adapter", "merged", *forms]
+    if not recipe.quantize:
+        for key in recipe.choose.model_fields_set:
+            report(("choose", key), "no quantized form is made to choose from", "add one to quantize, or remove it")
+    known = ["base", "adapter", "merged", *(form.name for form in recipe.forms)]
     for section in ("bench", "eval"):
         for index, name in enumerate(getattr(recipe, section).artifacts):
             if name not in known:

@@ -108,7 +108,7 @@ def read(recipe: Recipe, run: Any) -> Findings:
         timings=_json_lines(run.stage_dir("train") / "timings.jsonl"),
         merge_certificate=_json(run.stage_dir("merge") / "certificate.json"),
         certificates={
-            form.name: certificate for form in recipe.quantize
+            form.name: certificate for form in recipe.forms
             if (certificate := _json(run.stage_dir("quantize") / form.name / "certificate.json")) is not None
         },
         bench=_json(run.stage_dir("bench") / "bench.json"),

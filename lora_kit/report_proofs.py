@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lora_kit import eval_checks, report_items
+from lora_kit import charts, eval_checks, report_items
 from lora_kit.recipe import QuantizeForm
 from lora_kit.report_document import (
     TONES,
     Block,
     Cell,
+    Figure,
     Link,
     Paragraph,
     Sample,
@@ -51,10 +52,72 @@ def merge(found: Findings) -> Section:
                      "largest difference"),
             rows=rows, numeric=(1, 2, 3, 4, 5),
             note=f"On {certificate.get('measured_on', 'held-out rows')}. Largest difference: of the log-probability of "
-                 "any token of the vocabulary."))
+                 f"any of the {_kept_text(certificate)}."))
+        blocks += _proof_details(certificate)
     return Section(anchor="merge", title="Merge certificate", blocks=blocks, intro=(
         "The merged model, read back from disk, against base plus adapter: merging must change nothing that its number "
         "type does not change by itself."))
+
+
+def _kept_text(certificate: dict[str, Any]) -> str:
+    kept = (certificate.get("merged") or {}).get("kept")
+    return f"{kept['top_k']} likeliest tokens" if kept else "vocabulary's tokens"
+
+
+def _proof_details(certificate: dict[str, Any]) -> list[Block]:
+    """Of the files on disk: what they hold of the adapter's change, prose, answers, and what a few tokens kept miss."""
+    blocks: list[Block] = []
+    if certificate.get("delta"):
+        blocks.append(_retention_table(certificate["delta"]))
+    lines = _prose_lines(certificate.get("merged") or {}) + _answer_lines(certificate.get("answers"))
+    if certificate.get("bits_per_weight"):
+        lines.append(f"Size {bytes_text(certificate['size_bytes'])}, "
+                     f"{number_text(certificate['bits_per_weight'], 3)} bits a weight.")
+    if certificate.get("untied"):
+        lines.append("The adapter parted the two ends of a tied model: they are two tensors now.")
+    return blocks + [Paragraph(text=line) for line in lines]
+
+
+def _retention_table(kept: dict[str, Any]) -> Table:
+    """What is left of the adapter's change, over all and by layer."""
+    rows: list[list[str | Cell]] = [
+        [name, _number(each["projection"]), _number(each["noise"]), _share(each["sign"]),
+         number_text(100 * each["relative_norm"], 2) + " %" if each.get("relative_norm") else "–"]
+        for name, each in [("all", kept), *sorted(kept["by_layer"].items(), key=lambda each: (
+            not each[0].isdigit(), int(each[0]) if each[0].isdigit() else 0))] if "projection" in each]
+    return Table(
+        title="What the stored weights hold of the adapter's change", columns=(
+            "layer", "projection", "noise", "sign right", "change to weights"), rows=rows, numeric=(1, 2, 3, 4),
+        note="Projection: how much of the change is there, 1 is all of it. Noise: what else is there, in units of the "
+             "change. Sign: of the weights that it moves most.")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _prose_lines(figures: dict[str, Any]) -> list[str]:
+    prose, kept, lines = figures.get("prose"), figures.get("kept"), []
+    if prose:
+        lines.append(f"On plain prose ({count_text(prose['num_positions'])} tokens): mean KL {_with_error(prose)}, "
+                     f"same first choice {_share(prose['top1_agreement'])}, perplexity ratio "
+                     f"{number_text(prose['perplexity_ratio'])}.")
+    if kept:
+        lines.append(f"KL is over the {kept['top_k']} likeliest tokens and all others together; over all tokens it is "
+                     f"higher by {number_text(kept['mean_missing'], 2)} on average (at most "
+                     f"{number_text(kept['max_missing'], 2)}), measured at {kept['num_whole']} positions.")
+    return lines
+
+
+def _answer_lines(answers: dict[str, Any] | None) -> list[str]:
+    if not answers or not answers["num_answers"]:
+        return []
+    parted = [each["first_difference"] for each in answers["samples"] if each["first_difference"] is not None] \
+        if "samples" in answers else []
+    first = f", the first of them at token {min(parted)}" if parted else ""
+    return [f"Greedy answers to {answers['num_answers']} held-out prompts: {answers['num_same']} the same; of the "
+            f"others {answers['num_near_ties']} part at a near tie{first}. Stopped within {answers['new_tokens']} "
+            f"tokens: {_share(answers['stopped']['share'])} (before: {_share(answers['reference_stopped']['share'])})."]
 
 
 def _comparison(title: str, figures: dict[str, Any]) -> list[str | Cell]:
@@ -74,33 +137,86 @@ def _share(share: float | None) -> str:
 def quantized(found: Findings) -> Section:
     """What each quantized form costs against the merged model."""
     blocks: list[Block] = []
-    if not found.recipe.quantize:
+    if not found.recipe.forms:
         blocks.append(Paragraph(text="The recipe asks for no quantized form.", tone="missing"))
     else:
         blocks += _stage_verdicts(found, "quantize")
         rows: list[list[str | Cell]] = []
-        notes = []
-        for form in found.recipe.quantize:
+        notes, details = [], []
+        for form in found.recipe.forms:
             certificate = found.certificates.get(form.name)
             if certificate is None:
-                rows.append([form.name, missing(found.why_missing("quantize"), span=8)])
+                rows.append([form.name, missing(found.why_missing("quantize"), span=10)])
                 continue
             ratio = certificate.get("size_ratio")
             rows.append([
                 form.name, bytes_text(certificate.get("size_bytes")), "–" if ratio is None else f"{ratio:.0%}",
                 number_text(certificate.get("bits_per_weight"), 3), _with_error(certificate),
                 number_text(certificate.get("p95_kl"), 3), _share(certificate.get("top1_agreement")),
-                number_text(certificate.get("perplexity_ratio")), _bounds(form)])
+                number_text(certificate.get("perplexity_ratio")), _gain(certificate.get("gain")),
+                _change_left(certificate.get("delta")), _bounds(form)])
             notes.append(f"{form.name}: {certificate.get('measured_on', '–')}, {certificate.get('engine', '–')} "
                          f"against {certificate.get('reference', 'merged')}."
-                         + (f" {certificate['engine_note']}." if certificate.get("engine_note") else ""))
+                         + "".join(f" {certificate[key]}." for key in ("engine_note", "note") if certificate.get(key)))
+            details += [Paragraph(text=f"{form.name}: {line}") for line in (
+                _prose_lines(certificate)[:1] + _answer_lines(certificate.get("answers")))]
         blocks.append(Table(
             columns=("form", "size", "of merged", "bits a weight", "mean KL", "95 % of KL below",
-                     "same first choice", "perplexity ratio", "bounds"),
-            rows=rows, numeric=(1, 2, 3, 4, 5, 6, 7), note=" ".join(["KL in nats a token.", *notes])))
+                     "same first choice", "perplexity ratio", "gain kept", "change left", "bounds"),
+            rows=rows, numeric=(1, 2, 3, 4, 5, 6, 7, 8, 9), note=" ".join([
+                "KL in nats a token. Gain kept: of what training gained in the loss of these rows' answers, with its "
+                "95 % interval. Change left: of the adapter's change of the weights, ± noise in units of it.",
+                *notes])))
+        blocks += _choice_blocks(found) + details
     return Section(anchor="quantized", title="Quantized forms", blocks=blocks, intro=(
         "Each form is made from the merged 16-bit model, reloaded in a fresh process and measured against it. It fails "
         "only by bounds that the recipe sets."))
+
+
+def _choice_blocks(found: Findings) -> list[Block]:
+    """Size against fidelity of every artifact, which of them no other beats, and which is recommended."""
+    choice = found.figures("quantize").get("choice")
+    forms = {name: figures for name, figures in (found.figures("quantize").get("forms") or {}).items()
+             if figures.get("size_bytes")}
+    if not choice or not forms:
+        return []
+    places = {"merged": ((choice["merged"]["size_bytes"] or 0) / 1e6, 0.0)} | {
+        name: (figures["size_bytes"] / 1e6, figures["mean_kl"]) for name, figures in forms.items()}
+    edge = sorted(places[name] for name in choice["frontier"] if name in places)
+    words = (f"{len(choice['frontier'])} of {len(places)} artifacts are not beaten on size and KL together: "
+             f"{', '.join(choice['frontier'])}.")
+    lines = [charts.Line(name="no other is smaller and closer", points=edge, style=0, faint=True)] + [
+        charts.Line(name=name, points=[place], style=index % 5, dots=True)
+        for index, (name, place) in enumerate(places.items())]
+    wide, narrow = (charts.line_chart(lines, x_title="MB", y_title="mean KL from merged, nats a token", words=words,
+                                      width=width, height=300, from_zero=True) for width in (860, 380))
+    rows: list[list[str | Cell]] = []
+    for name, (megabytes, kl) in places.items():
+        speed = (choice["merged"] if name == "merged" else forms[name]).get("tokens_per_second")
+        remark = "recommended" if name == choice["recommended"] else choice["out"].get(name) or (
+            "no other is smaller and closer" if name in choice["frontier"] else "")
+        rows.append([name, f"{megabytes:.0f} MB", number_text(kl, 3),
+                     "100%" if name == "merged" else _share(forms[name]["top1_agreement"]),
+                     "100%" if name == "merged" else _gain(forms[name].get("gain")), rate_text(speed), remark])
+    what = f"Recommended: {choice['recommended']}, {choice['why']}." if choice["recommended"] else \
+        f"Nothing is recommended: {choice['why']}."
+    return [Paragraph(text=what), Table(
+        title="Which one", rows=rows,
+        columns=("artifact", "size", "mean KL", "same first choice", "gain kept", "decode tok/s", ""),
+        numeric=(1, 2, 3, 4, 5), note="Decoding one prompt at a time, the quickest of three, measured right "
+        "after the form was; the speed section measures longer."),
+        Figure(wide_svg=wide, narrow_svg=narrow, caption="Size against fidelity.", words=words)]
+
+
+def _gain(gain: dict[str, Any] | None) -> str:
+    if not gain or gain["value"] is None:
+        return "cannot tell" if gain else "–"
+    interval = "" if gain["ci_low"] is None else f" ({gain['ci_low']:.0%} to {gain['ci_high']:.0%})"
+    return f"{gain['value']:.0%}{interval}"
+
+
+def _change_left(kept: dict[str, Any] | None) -> str:
+    return "–" if not kept or "projection" not in kept else f"{kept['projection']:.2f} ± {kept['noise']:.2f}"
 
 
 def _bounds(form: QuantizeForm) -> str:
@@ -109,6 +225,8 @@ def _bounds(form: QuantizeForm) -> str:
         bounds.append(f"KL at most {number_text(form.max_kl)}")
     if form.min_top1 is not None:
         bounds.append(f"same first choice at least {form.min_top1:.0%}")
+    if form.min_gain_retained is not None:
+        bounds.append(f"gain kept at least {form.min_gain_retained:.0%}")
     return ", ".join(bounds) or "none set"
 
 

@@ -218,7 +218,7 @@ def suite_of(recipe: Recipe, relative_to: Path) -> Suite:
     if recipe.eval.suite is None:
         spec = HeldOutLossTask(kind="held_out_loss")
         return Suite(name="held_out_loss", tasks=(Task(name="held_out_loss", folder=relative_to, spec=spec),))
-    made = ["base", "adapter", "merged", *(form.name for form in recipe.quantize)]
+    made = ["base", "adapter", "merged", *(form.name for form in recipe.forms)]
     scored = recipe.eval.artifacts or [name for name in made if name != "adapter"]
     return read_suite(recipe.eval.suite, relative_to, scored, against=BASELINE if recipe.eval.baseline else "base")
 

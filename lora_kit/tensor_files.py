@@ -9,6 +9,7 @@ Reads and writes ``*.safetensors`` and ``model.safetensors.index.json``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator, Sequence
@@ -149,8 +150,8 @@ class Entry:
     kind: str
 
 
-def write_file(path: Path, entries: Sequence[Entry], pieces) -> None:
-    """Write a safetensors file whose values come piece by piece.
+def write_file(path: Path, entries: Sequence[Entry], pieces) -> str:
+    """Write a safetensors file whose values come piece by piece; returns the SHA-256 of what was written.
 
     Args:
         entries: in any order; in the file the widest types come first, so that every value stands at a multiple of its
@@ -176,16 +177,23 @@ def write_file(path: Path, entries: Sequence[Entry], pieces) -> None:
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        def write(data) -> None:
+            digest.update(data)
+            file.write(data)
+
+        write(struct.pack("<Q", len(text)) + text)
         for entry in ordered:
             begun = file.tell()
             for piece in pieces(entry):
                 assert piece.dtype == getattr(torch, TYPES[entry.kind]), entry.name
                 flat = piece.detach().contiguous().reshape(-1)
-                file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+                if flat.numel():
+                    write(memoryview(flat.view(torch.uint8).numpy()))
             first, last = header[entry.name]["data_offsets"]
             assert file.tell() - begun == last - first, f"{entry.name}: {file.tell() - begun} bytes, not {last - first}"
+    return digest.hexdigest()
 
 
 def write_index(folder: Path, file_of: dict[str, str], total_bytes: int) -> None:

@@ -81,3 +81,13 @@ def save_rows(folder: Path, tokenizer, *, num: int = 6, split: str = "held_out",
     write_examples(folder, split, examples)
     write_examples(folder, "train" if split == "held_out" else "held_out", [])
     return folder
+
+
+def save_token_rows(folder: Path, rows) -> Path:
+    """Token files whose training rows are the token ids ``rows``, all trained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_examples(folder, "train", [
+        Example(tokens_T=np.array(row, np.int32), loss_mask_T=np.ones(len(row), np.uint8), origin=f"rows:{number}")
+        for number, row in enumerate(rows, 1)])
+    write_examples(folder, "held_out", [])
+    return folder

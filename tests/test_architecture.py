@@ -21,7 +21,8 @@ PACKAGE = ROOT / "lora_kit"
 
 LEVELS = {
     0: "errors units",
-    1: "task_source lm_eval_task lm_eval_library multiple_choice "
+    1: "gain frontier "
+       "task_source lm_eval_task lm_eval_library multiple_choice "
        "activations footprint devices outlook calibration latency speed_ratio report_latency "
        "ci_files "
        "budget "
@@ -36,7 +37,7 @@ LEVELS = {
        "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check libraries optimizer trackers template_check "
        "shares processes training_model training_log resume divergence rehearsal stop_signals launcher",
-    3: "score_cache "
+    3: "score_cache greedy delta quantized_base combining extraction "
        "engines quantizers certificate scoring stop_rate baseline",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight "
        "advice plan_outlook plan_record memory_short bench_compare",

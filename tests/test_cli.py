@@ -334,6 +334,17 @@ def test_a_budget_ends_the_evaluation_when_the_gates_are_decided(world):
 # ---- one artifact ----------------------------------------------------------------------
 
 
+def test_merge_of_an_adapter_outside_of_a_run(world):
+    adapter, base = world.run / "train" / "adapter", world.folder / "model"
+    lines = ok(world, "merge", adapter, "--base", base, "--out", "merged")
+    assert re.fullmatch(r"merged: 1?\d\d kB in (bf16|fp16), KL \S+ from base \+ adapter .*", lines[-1])
+    assert (world.folder / "merged" / "lora_kit_certificate.json").exists()
+    assert refused(world, "merge", adapter, "--base", base, "--out", "merged", code=2).startswith(
+        "merged: exists already")
+    assert refused(world, "merge", adapter, code=2).endswith(f"lora-kit merge {adapter} --base BASE --out FOLDER")
+    assert "are for an adapter folder" in refused(world, "merge", "--base", base, code=2)
+
+
 def test_bench_of_an_artifact(world):
     lines = ok(world, "bench", world.run / "merged", "--threads", "1")
     assert lines[0].split()[:3] == ["artifact", "engine", "size"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_kit import certificate, merge
-from lora_kit.errors import ModelError
+from lora_kit.errors import ModelError, RecipeError
 from tests import fake_run, tiny
 
 
@@ -39,8 +39,12 @@ def merged(base, adapter, tmp_path_factory):
     return folder
 
 
-def outcomes(base, adapter, folder, rows, dtype="bf16"):
-    measured = merge.certify(str(base), str(adapter), str(base), str(folder), dtype, rows, str(folder))
+def certify(base, adapter, folder, rows, dtype="bf16", **files):
+    return merge.certify(str(base), str(adapter), str(base), str(folder), dtype, rows, str(folder), **files)
+
+
+def outcomes(base, adapter, folder, rows, dtype="bf16", **files):
+    measured = certify(base, adapter, folder, rows, dtype, **files)
     return [verdict.outcome for verdict in merge.judge(measured, dtype)], measured
 
 
@@ -87,7 +91,7 @@ def test_the_folder_is_plain_and_whole(base, merged):
 
 def test_a_right_merge_passes(base, adapter, merged, rows):
     found, measured = outcomes(base, adapter, merged, rows)
-    assert found == ["PASS", "PASS", "PASS"]
+    assert found == ["PASS"] * 4
     assert measured["stored"]["num_wrong"] == 0 and measured["stored"]["num_tensors"] == len(weights_of(merged))
     assert 0 < measured["floor"]["mean_kl"] < measured["adapter_change"]["mean_kl"] / 10
     assert measured["exact"]["max_log_prob_difference"] < 1e-4
@@ -99,14 +103,66 @@ def test_other_loras_pass_too(config, base, rows, tmp_path):
     adapter = fake_run.save_adapter(base, tmp_path / "adapter", size=0.1, **config)
     (tmp_path / "model").mkdir()
     merge.merge_to_folder(str(base), str(adapter), str(base), str(tmp_path / "model"), "bf16")
-    assert outcomes(base, adapter, tmp_path / "model", rows)[0] == ["PASS", "PASS", "PASS"]
+    assert outcomes(base, adapter, tmp_path / "model", rows)[0] == ["PASS"] * 4
+
+
+@pytest.mark.parametrize("config", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["embed_tokens"]},
+                                    {"trainable_token_indices": [3, 5]}])
+@pytest.mark.filterwarnings("ignore")  # peft warns of ends that are tied
+def test_ends_that_part_and_new_tokens_pass_too(config, base, rows, tmp_path):
+    adapter = fake_run.save_adapter(base, tmp_path / "adapter", size=0.1, **config)
+    (tmp_path / "model").mkdir()
+    merge.merge_to_folder(str(base), str(adapter), str(base), str(tmp_path / "model"), "bf16")
+    found, measured = outcomes(base, adapter, tmp_path / "model", rows)
+    assert found == ["PASS"] * 4, measured["stored"]
+
+
+def test_a_vocabulary_that_grew_passes_too(base, rows, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    model.resize_token_embeddings(331)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    (tmp_path / "model").mkdir()
+    merge.merge_to_folder(str(base), str(tmp_path / "adapter"), str(base), str(tmp_path / "model"), "bf16")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 331
+    certified = certify(base, tmp_path / "adapter", tmp_path / "model", rows)
+    assert [verdict.outcome for verdict in merge.judge(certified, "bf16")] == ["PASS"] * 4
+
+
+def test_a_faint_change_is_merged_in_fp16_by_itself_and_fails_in_bf16_if_asked_for(base, rows, tmp_path):
+    faint = fake_run.save_adapter(base, tmp_path / "adapter", size=0.001)
+    made = {}
+    for dtype in ("auto", "bf16"):
+        (tmp_path / dtype).mkdir()
+        made[dtype] = merge.merge_to_folder(str(base), str(faint), str(base), str(tmp_path / dtype), dtype)
+    assert made["auto"]["dtype"] == "fp16" and made["auto"]["bf16"]["projection"] < 0.95
+    assert outcomes(base, faint, tmp_path / "auto", rows, "fp16")[0] == ["PASS"] * 4
+    found, measured = outcomes(base, faint, tmp_path / "bf16", rows)
+    assert found == ["PASS", "PASS", "PASS", "FAIL"]
+    assert merge.judge(measured, "bf16")[3].evidence.endswith("merge.dtype: fp16 or auto keeps it")
+
+
+def test_fp32_where_fp16_cannot_hold_a_value(base, tmp_path):
+    """A weight of 10**6 fits into bf16 and fp32 alone; the change is too small for bf16."""
+    from safetensors.torch import save_file
+
+    other = shutil.copytree(base, tmp_path / "base")
+    weights = weights_of(base)
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    faint = fake_run.save_adapter(other, tmp_path / "adapter", size=0.001)
+    (tmp_path / "model").mkdir()
+    assert merge.merge_to_folder(str(other), str(faint), str(base), str(tmp_path / "model"), "auto")["dtype"] == "fp32"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_other_types_pass_too(dtype, base, adapter, rows, tmp_path):
     merge.merge_to_folder(str(base), str(adapter), str(base), str(tmp_path), dtype)
     found, measured = outcomes(base, adapter, tmp_path, rows, dtype)
-    assert found == ["PASS", "PASS", "PASS"]
+    assert found == ["PASS"] * 4
     assert measured["engine"] == f"transformers {dtype}"
 
 
@@ -128,20 +184,20 @@ def tampered(merged, tmp_path):
 def test_a_dropped_adapter_fails(base, adapter, rows, tampered):
     plain = weights_of(base)
     found, measured = outcomes(base, adapter, tampered(lambda name, tensor: plain[name]), rows)
-    assert found == ["PASS", "FAIL", "FAIL"]
+    assert found == ["PASS", "FAIL", "FAIL", "FAIL"]
     assert measured["merged"]["mean_kl"] == pytest.approx(measured["adapter_change"]["mean_kl"], rel=0.1)
 
 
 def test_half_the_scale_fails(base, adapter, rows, tampered):
     plain = weights_of(base)
     half = tampered(lambda name, tensor: ((tensor.float() + plain[name].float()) / 2).bfloat16())
-    assert outcomes(base, adapter, half, rows)[0] == ["PASS", "FAIL", "FAIL"]
+    assert outcomes(base, adapter, half, rows)[0] == ["PASS", "FAIL", "FAIL", "FAIL"]
 
 
 def test_one_layer_left_out_fails(base, adapter, rows, tampered):
     plain = weights_of(base)
     folder = tampered(lambda name, tensor: plain[name] if "layers.1." in name else tensor)
-    assert outcomes(base, adapter, folder, rows)[0] == ["PASS", "FAIL", "FAIL"]
+    assert outcomes(base, adapter, folder, rows)[0] == ["PASS", "FAIL", "FAIL", "FAIL"]
 
 
 def test_one_flipped_byte_fails_though_no_logit_tells(base, adapter, rows, tampered):
@@ -151,7 +207,7 @@ def test_one_flipped_byte_fails_though_no_logit_tells(base, adapter, rows, tampe
             tensor.view(-1)[7] *= 1.0625
         return tensor
 
-    assert outcomes(base, adapter, tampered(flip), rows)[0] == ["PASS", "FAIL", "PASS"]
+    assert outcomes(base, adapter, tampered(flip), rows)[0] == ["PASS", "FAIL", "PASS", "PASS"]
 
 
 def test_a_faint_adapter_that_is_dropped_fails_by_the_tensors(base, rows, merged, tmp_path):
@@ -160,7 +216,7 @@ def test_a_faint_adapter_that_is_dropped_fails_by_the_tensors(base, rows, merged
     shutil.copy(base / "model.safetensors", folder)
     found, measured = outcomes(base, faint, folder, rows)
     assert measured["adapter_change"]["mean_kl"] < measured["floor"]["mean_kl"]
-    assert found[1:] == ["FAIL", "PASS"]
+    assert found[1:] == ["FAIL", "PASS", "FAIL"]
     assert "too little for this measure" in merge.judge(measured, "bf16")[2].evidence
 
 
@@ -209,10 +265,10 @@ def test_the_stage_in_processes_of_its_own(base, adapter, tmp_path):
     run = fake_run.FakeRun(tmp_path, base, adapter)
     fake_run.save_rows(tmp_path / "data", load_tokenizer(base), split="train", num=3)
     result = merge.stage(fake_run.recipe(merge={"dtype": "bf16"}), run)
-    assert [verdict.outcome for verdict in result.verdicts] == ["PASS", "PASS", "PASS"]
+    assert [verdict.outcome for verdict in result.verdicts] == ["PASS"] * 4
     written = json.loads((run.work("merge") / "certificate.json").read_text())
     assert written["measured_on"].endswith("3 training rows (no row is held out)")
-    assert [verdict["outcome"] for verdict in written["verdicts"]] == ["PASS"] * 3
+    assert [verdict["outcome"] for verdict in written["verdicts"]] == ["PASS"] * 4
     run.publish("merge", result)
     artifact = run.artifact("merged")
     weights = run.path / "merge" / "model"
@@ -221,3 +277,36 @@ def test_the_stage_in_processes_of_its_own(base, adapter, tmp_path):
     assert artifact.size_bytes == (weights / "model.safetensors").stat().st_size
     json.dumps(result.figures)
     assert np.isfinite(result.figures["merged"]["mean_kl"])
+
+
+# ---- adapters that others trained ---------------------------------------------------------
+
+
+def test_any_adapter_merges_outside_of_a_run(base, tmp_path):
+    from lora_kit.types import Artifact
+
+    adapter = fake_run.save_adapter(base, tmp_path / "adapter", size=0.1)
+    artifact = Artifact(name="base", path=str(base), kind="hf", tokenizer=str(base))
+    summary, verdicts = merge.merge_adapter(artifact, str(base), adapter, tmp_path / "out", "auto")
+    assert [verdict.outcome for verdict in verdicts] == ["PASS"] * 4 and "in bf16, KL" in summary
+    written = json.loads((tmp_path / "out" / "lora_kit_certificate.json").read_text())
+    assert written["measured_on"].endswith("14 paragraphs of plain prose") and written["untied"] is False
+    expected, found = expected_weights(base, adapter), weights_of(tmp_path / "out")
+    assert sum(int((found[name] != expected[name]).sum()) for name in found) < 10
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(RecipeError, match="exists already"):
+        merge.merge_adapter(artifact, str(base), adapter, tmp_path / "out", "auto")
+
+
+@pytest.mark.parametrize(("named", "ours", "same"), [
+    ("org/Tiny-1B", "other/tiny-1b", True), ("org/Tiny-1B@abc", "models/Tiny-1B/", True),
+    ("org/Tiny-1B", "org/Tiny-1B-Instruct", False), ("/home/me/base", "org/tiny", True), ("", "org/tiny", True)])
+def test_a_base_that_is_not_the_adapters_is_refused(named, ours, same, base, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+    if same:
+        merge.check_same_base(ours, base, copy)
+    else:
+        with pytest.raises(ModelError, match=f"was trained on {named}, not on {ours}; name --base {named}"):
+            merge.check_same_base(ours, base, copy)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from lora_kit import engines, quantize
+from lora_kit import engines, merge, quantize
 from lora_kit.chat import load_tokenizer
 from lora_kit.errors import MachineError, ModelError, RecipeError
-from lora_kit.events import Table, listening
+from lora_kit.events import Note, Table, listening
 from lora_kit.recipe import QuantizeForm
 from lora_kit.types import Artifact
 from tests import fake_run, tiny
@@ -20,8 +20,12 @@ FORMS = [{"method": "bitsandbytes", "type": "nf4", "min_top1": 0.999},
 def done(tmp_path_factory):
     """The stage run once on a merged model: (run, result, events)."""
     path = tmp_path_factory.mktemp("quantize")
-    folder, _ = tiny.save_model(path / "merge" / "model", dtype="bfloat16", hidden=128, initializer_range=0.1)
-    run = fake_run.FakeRun(path, folder)
+    base, _ = tiny.save_model(path / "base", dtype="bfloat16", hidden=128, initializer_range=0.1)
+    adapter = fake_run.save_adapter(base, path / "adapter", size=0.1)
+    folder = path / "merge" / "model"
+    folder.mkdir(parents=True)
+    merge.merge_to_folder(str(base), str(adapter), str(base), str(folder), "auto")
+    run = fake_run.FakeRun(path, base, adapter)
     size = (folder / "model.safetensors").stat().st_size
     run._artifacts["merged"] = Artifact(name="merged", path=str(folder), kind="hf", tokenizer=str(folder),
                                         num_params=size // 2, size_bytes=size, adapter_sha256="0" * 64)
@@ -54,10 +58,30 @@ def test_figures_are_measured_and_written(done):
     assert 8.5 < q8["bits_per_weight"] < 10 and q8["size_bytes"] == result.artifacts[1].size_bytes
     assert q8["split"] == "held_out" and "6 held-out rows" in q8["measured_on"]
     assert q8["reference"] == "transformers fp32" and nf4["engine"] == "transformers bf16, bitsandbytes"
-    assert all(set(sample) == {"prompt", "reference", "candidate", "first_difference"} for sample in q8["samples"])
-    assert len(q8["samples"]) == 2
+    assert len(q8["answers"]["samples"]) == 6 and q8["answers"]["stopped"]["share"] <= 1
+    assert q8["prose"]["num_rows"] == 14 and 0 < q8["prose"]["mean_kl"] < nf4["prose"]["mean_kl"]
+    assert "samples" not in result.figures["forms"]["gguf-q8_0"]["answers"]
     assert result.figures["forms"]["gguf-q8_0"]["mean_kl"] == q8["mean_kl"]
     assert not (run.path / "quantize" / ".reference").exists()
+
+
+def test_what_is_left_of_the_adapter_is_measured_in_the_files(done):
+    run, _, _ = done
+    nf4, q8 = (json.loads((run.path / "quantize" / name / "certificate.json").read_text())["delta"]
+               for name in ("bitsandbytes-nf4", "gguf-q8_0"))
+    for kept in (nf4, q8):
+        # Quantized from the merged model: all of the change in expectation, and noise on top.
+        assert kept["projection"] == pytest.approx(1, abs=0.05) and kept["missing"] == []
+        assert set(kept["by_layer"]) == {"0", "1"} and kept["by_layer"]["1"]["num_tensors"] == 7
+    assert q8["noise"] < 0.2 < nf4["noise"] and nf4["sign"] < q8["sign"]
+
+
+def test_the_gain_is_told_with_its_interval_or_why_not(done):
+    run, _, _ = done
+    gain = json.loads((run.path / "quantize" / "gguf-q8_0" / "certificate.json").read_text())["gain"]
+    # A random adapter gains nothing; what it lost of the base's score, a form "keeps" too.
+    assert gain["num_rows"] == 6 and gain["num_weights"] > 100
+    assert gain["why_not"] or gain["ci_low"] < gain["value"] < gain["ci_high"]
 
 
 def test_the_engine_is_named(done):
@@ -79,8 +103,25 @@ def test_only_the_recipes_bounds_are_judged(done):
 
 def test_a_table_is_told(done):
     _, result, heard = done
-    table = next(event for event in heard if isinstance(event, Table))
-    assert [row[0] for row in table.rows] == ["bitsandbytes-nf4", "gguf-q8_0"]
+    tables = [event for event in heard if isinstance(event, Table)]
+    assert [row[0] for row in tables[0].rows] == ["bitsandbytes-nf4", "gguf-q8_0"]
+    assert [row[0] for row in tables[1].rows] == ["merged", "bitsandbytes-nf4", "gguf-q8_0"]
+    assert tables[1].rows[1][-1] == "misses its own bound"
+
+
+def test_one_is_recommended_within_the_budget(done):
+    _, result, heard = done
+    choice = result.figures["choice"]
+    assert choice["recommended"] in ("merged", "gguf-q8_0") and "bitsandbytes-nf4" in choice["out"]
+    assert any(isinstance(event, Note) and event.text.startswith(f"recommended: {choice['recommended']}, the smallest")
+               for event in heard)
+    assert result.figures["forms"]["gguf-q8_0"]["tokens_per_second"] > 1
+
+
+def test_calibration_rows_are_training_rows(tmp_path):
+    folder = fake_run.save_token_rows(tmp_path, [list(range(10)), [1], list(range(20, 45))])
+    rows = quantize.calibration_rows(folder)
+    assert sorted(map(len, rows)) == [10, 25] and sum(map(len, quantize.calibration_rows(folder, 12))) in (10, 12)
 
 
 def test_without_llama_cpp_the_file_is_read_by_transformers_and_that_is_said(monkeypatch):
@@ -96,6 +137,19 @@ def test_judge_without_bounds_says_nothing():
     assert [verdict.outcome for verdict in bounded] == ["PASS", "FAIL"]
 
 
+@pytest.mark.parametrize(("gain", "outcome", "evidence"), [
+    ({"value": 0.97, "ci_low": 0.95, "ci_high": 0.99, "num_weights": 300, "num_rows": 9}, "PASS",
+     "97.0% (95 % interval 95.0% to 99.0%) over 300 answer tokens of 9 rows"),
+    ({"value": 0.91, "ci_low": 0.85, "ci_high": 0.95, "num_weights": 300, "num_rows": 9}, "INCONCLUSIVE", "91.0%"),
+    ({"value": 0.8, "ci_low": 0.7, "ci_high": 0.89, "num_weights": 300, "num_rows": 9}, "FAIL", "80.0%"),
+    ({"value": None, "why_not": "nothing is scored"}, "INCONCLUSIVE", "nothing is scored"),
+    ({"value": 0.99, "ci_low": None, "ci_high": None}, "INCONCLUSIVE", "over one row alone"),
+])
+def test_the_gain_is_judged_by_its_interval(gain, outcome, evidence):
+    verdict, = quantize.judge(QuantizeForm(method="gguf", type="q8_0", min_gain_retained=0.9), {"gain": gain})
+    assert verdict.outcome == outcome and evidence in verdict.evidence and "at least 90%" in verdict.claim
+
+
 def test_no_form_is_no_work(tmp_path):
     result = quantize.stage(fake_run.recipe(), fake_run.FakeRun(tmp_path, tmp_path))
     assert result.summary == "no form in the recipe" and result.artifacts == ()
@@ -103,7 +157,7 @@ def test_no_form_is_no_work(tmp_path):
 
 @pytest.mark.parametrize(("forms", "error", "what"), [
     ([{"method": "gptq", "type": "int4"}], RecipeError, "'gptq' is not a method"),
-    ([{"method": "gguf", "type": "q4_k_m"}], RecipeError, "'q4_k_m' is not a type of gguf"),
+    ([{"method": "gguf", "type": "q4_9"}], RecipeError, "'q4_9' is not a type of gguf"),
     ([{"method": "gguf", "type": "q8_0"}] * 2, RecipeError, "names gguf-q8_0 twice"),
 ])
 def test_bad_forms_are_told_before_any_work(forms, error, what, done, monkeypatch):

@@ -76,3 +76,17 @@ def test_every_field_says_what_it_means():
         for key, field in section["properties"].items():
             meant = field.get("description") or "$ref" in str(field)
             assert meant, f"{title}.{key} has no docstring"
+
+
+def test_a_target_stands_for_its_forms_with_its_bounds():
+    from pydantic import ValidationError
+
+    from lora_kit.recipe import QuantizeForm, Recipe
+
+    made = Recipe.model_validate({"name": "r", "model": {"base": "b"}, "data": {"train": "rows.jsonl"}, "quantize": [
+        {"method": "gguf", "type": "q8_0", "max_kl": 0.1}, {"target": "ollama", "min_top1": 0.5}]})
+    assert [(form.name, form.max_kl, form.min_top1) for form in made.forms] == [
+        ("gguf-q8_0", 0.1, None), ("gguf-q4_k_m", None, 0.5)]
+    for wrong in ({"target": "cpu", "type": "q8_0"}, {"method": "gguf"}, {"max_kl": 1}, {"target": "toaster"}):
+        with pytest.raises(ValidationError):
+            QuantizeForm.model_validate(wrong)

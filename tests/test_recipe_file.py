@@ -53,7 +53,8 @@ def test_the_least_recipe_is_read():
     ("quantize: {method: ggguf, type: q8_0}\n",
      "mine.yaml:6: 'quantize.method' is 'ggguf', and there is no such quantizer; did you mean 'gguf'?"),
     ("quantize:\n  - {method: gptq, type: int4}\n",
-     "mine.yaml:7: 'quantize.0.method' is 'gptq', and there is no such quantizer; known: bitsandbytes, gguf"),
+     "mine.yaml:7: 'quantize.0.method' is 'gptq', and there is no such quantizer; known: auto_round, bitsandbytes, "
+     "gguf, torchao"),
 ])
 def test_a_mistake_is_told_with_its_line(added, told):
     assert problems_of(LEAST + added)[0].startswith(told)

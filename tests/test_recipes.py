@@ -70,7 +70,7 @@ def test_its_quantized_forms_are_ones_that_this_architecture_can_take(name):
     fields = {**config.to_dict(), "architectures": [model_class.__name__]}
     recipe = read_recipe(shipped.recipe_path(name)).recipe
     assert recipe.quantize
-    for form in recipe.quantize:
+    for form in recipe.forms:
         quantizers.load(form.method).check(fields, form.type)
 
 

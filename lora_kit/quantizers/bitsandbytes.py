@@ -6,6 +6,7 @@ folder; writes a folder in Hugging Face layout with ``quantization_config`` in c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ TYPES = {
 _LOAD_IN = {"int8": "8bit", "nf4": "4bit"}
 
 
-def missing() -> str | None:
+def missing(type: str | None = None) -> str | None:
     """None when bitsandbytes is installed, else the command that installs it."""
     from importlib.util import find_spec
 
@@ -41,7 +42,7 @@ def check(config: dict[str, Any], type: str) -> None:
         raise ModelError("quantize", "the model is quantized already", "quantize the merged 16-bit model")
 
 
-def quantize(merged_dir: Path, out_dir: Path, type: str) -> None:
+def quantize(merged_dir: Path, out_dir: Path, type: str, rows: Sequence[Sequence[int]] = ()) -> str:
     """Write the model in ``merged_dir``, quantized to ``type``, to ``out_dir``; it computes in bf16."""
     import torch
 
@@ -50,3 +51,4 @@ def quantize(merged_dir: Path, out_dir: Path, type: str) -> None:
     model = load_base(merged_dir, dtype="bf16", device=device, load_in=_LOAD_IN[type])
     save_weights(model, merged_dir, out_dir)
     copy_tokenizer(merged_dir, out_dir)
+    return ""

@@ -5,12 +5,18 @@ rotary halves of the queries and keys are laid out, and what the tokenizer is. O
 proven against llama.cpp's own logits and token ids is written (tests/quantizers/test_gguf.py);
 everything else is refused by name. Tensors are read, packed and written one at a time.
 
+Types of 6 bits and fewer are made by llama.cpp itself (llama-cpp-python, an extra) out of a file in 16 bits, with an
+importance matrix: the mean square of what each weight is multiplied with on training rows of the run, so that rounding
+goes where it matters least. A matrix whose rows are no multiple of 256 falls back to an older type of llama.cpp's.
+
 Reads the merged folder; writes ``model.gguf``.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +24,21 @@ from typing import Any
 import numpy as np
 
 from lora_kit.chat import load_tokenizer
-from lora_kit.errors import ModelError, RecipeError
-from lora_kit.model import read_config
+from lora_kit.errors import MachineError, ModelError, RecipeError
+from lora_kit.hardware import usable_cores
+from lora_kit.model import load_base, read_config
 
 KIND = "gguf"
 TYPES = {
     "q8_0": "8-bit weights in blocks of 32 with one fp16 scale each: 8.5 bits per weight",
     "bf16": "16-bit weights, bfloat16",
     "f16": "16-bit weights, half precision",
+    "q6_k": "6-bit weights in blocks of 256: 6.56 bits per weight",
+    "q5_k_m": "5-bit weights in blocks of 256, some tensors in 6: about 5.7 bits per weight",
+    "q4_k_m": "4-bit weights in blocks of 256, some tensors in 6: about 4.9 bits per weight",
 }
+_MADE_BY_LLAMA_CPP = {"q6_k": "MOSTLY_Q6_K", "q5_k_m": "MOSTLY_Q5_K_M", "q4_k_m": "MOSTLY_Q4_K_M"}
+_SUPER_BLOCK = 256
 FILE_NAME = "model.gguf"
 _OTHERWISE = "leave out the gguf form, or convert the merged folder with llama.cpp's own convert_hf_to_gguf.py"
 
@@ -56,10 +68,12 @@ _SPLIT_PATTERNS = {
 }
 
 
-def missing() -> str | None:
-    """None when the gguf package is installed, else the command that installs it."""
+def missing(type: str | None = None) -> str | None:
+    """None when what ``type`` needs is installed, else the command that installs it."""
     from importlib.util import find_spec
 
+    if type in _MADE_BY_LLAMA_CPP and not find_spec("llama_cpp"):
+        return 'pip install "lora-kit[llamacpp]"'
     return None if find_spec("gguf") else "pip install gguf"
 
 
@@ -90,17 +104,120 @@ def check(config: dict[str, Any], type: str) -> None:
             raise ModelError("quantize gguf", f"{what} is not written by lora-kit", _OTHERWISE)
 
 
-def quantize(merged_dir: Path, out_dir: Path, type: str) -> None:
-    """Write the model in ``merged_dir`` as ``out_dir/model.gguf``.
+def quantize(merged_dir: Path, out_dir: Path, type: str, rows: Sequence[Sequence[int]] = ()) -> str:
+    """Write the model in ``merged_dir`` as ``out_dir/model.gguf``; returns what is to be known of it.
 
     Norms and biases stay fp32; a matrix whose rows are no multiple of the block size becomes fp16.
+
+    Args:
+        rows: token ids of training rows, for the importance matrix of a type that has one; without rows it has none.
+
+    Raises:
+        MachineError: llama.cpp could not make the file.
     """
+    if type not in _MADE_BY_LLAMA_CPP:
+        _write(merged_dir, out_dir / FILE_NAME, type)
+        return ""
+    plain, stored = out_dir / ".plain.gguf", read_config(merged_dir).get("dtype")
+    try:
+        _write(merged_dir, plain, {"float16": "f16", "float32": "f32"}.get(stored, "bf16"))
+        importance = _importance(merged_dir, rows) if rows else {}
+        _quantize_with_llama_cpp(plain, out_dir / FILE_NAME, type, importance)
+    finally:
+        plain.unlink(missing_ok=True)
+    return _notes(out_dir / FILE_NAME, type, importance, rows)
+
+
+def _quantize_with_llama_cpp(source: Path, target: Path, type: str, importance: dict[str, np.ndarray]) -> None:
+    import ctypes
+
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = int(_file_type(type))
+    params.nthread = int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
+    arrays = {name: np.ascontiguousarray(values, np.float32) for name, values in importance.items()}
+    if arrays:
+        entries = (llama_cpp.llama_model_imatrix_data * (len(arrays) + 1))()  # the last one, empty, ends the list
+        for entry, (name, values) in zip(entries, arrays.items(), strict=False):
+            entry.name, entry.size = name.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    _silence(llama_cpp)
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+    if code != 0:
+        raise MachineError(f"quantize gguf {type}", f"llama.cpp failed with code {code}",
+                           "free disk space, or leave out the form")
+
+
+_no_log: Any = None
+
+
+def _silence(llama_cpp) -> None:
+    """llama.cpp logs every tensor: a callback that drops it, which must live as long as llama.cpp may call it."""
+    import ctypes
+
+    global _no_log
+    if _no_log is None:
+        _no_log = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(_no_log, ctypes.c_void_p(0))
+
+
+def _importance(merged_dir: Path, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """By GGUF name of a matrix: mean square of each of its inputs over the tokens of ``rows``."""
+    import gguf
+    import torch
+
+    config = read_config(merged_dir)
+    names = gguf.get_tensor_name_map(_model_arch(_ARCHITECTURES[config["architectures"][0]]),
+                                     config["num_hidden_layers"])
+    model, sums = load_base(merged_dir, dtype="bf16"), {}
+
+    def watch(name: str, module) -> None:
+        def add(_module, inputs) -> None:
+            squares_I = inputs[0].detach().float().square().flatten(0, -2).sum(0)
+            sums[name] = sums[name] + squares_I if name in sums else squares_I
+
+        module.register_forward_pre_hook(add)
+
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        if isinstance(module, torch.nn.Linear) and name and not (module is head and config.get("tie_word_embeddings")):
+            watch(name, module)
+    with torch.inference_mode():
+        for row in rows:
+            model(input_ids=torch.tensor([list(row)]), use_cache=False, logits_to_keep=1)
+    num_tokens = sum(map(len, rows))
+    return {name: (sums_I / num_tokens).numpy() for name, sums_I in sums.items() if name != "output.weight"}
+
+
+def _notes(path: Path, type: str, importance: dict[str, np.ndarray], rows: Sequence[Sequence[int]]) -> str:
+    import gguf
+
+    fallen = [tensor.name for tensor in gguf.GGUFReader(str(path)).tensors
+              if len(tensor.shape) > 1 and tensor.shape[0] % _SUPER_BLOCK]
+    notes = [f"importance matrix of {sum(map(len, rows))} training tokens" if importance else "no importance matrix"]
+    if fallen:
+        notes.append(f"{len(fallen)} matrices whose rows are no multiple of {_SUPER_BLOCK} fell back to older types, "
+                     f"so that size and KL say little about {type} in other models")
+    return "; ".join(notes)
+
+
+def _file_type(type: str):
+    import gguf
+
+    names = {"q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16", "f32": "ALL_F32", **_MADE_BY_LLAMA_CPP}
+    return gguf.LlamaFileType[names[type]]
+
+
+def _write(merged_dir: Path, path: Path, type: str) -> None:
     import gguf
 
     config = read_config(merged_dir)
-    check(config, type)
+    check(config, "bf16")
     architecture = _ARCHITECTURES[config["architectures"][0]]
-    writer = gguf.GGUFWriter(out_dir / FILE_NAME, architecture.name)
+    writer = gguf.GGUFWriter(path, architecture.name)
     _add_hyperparameters(writer, config, type)
     _add_tokenizer(writer, merged_dir, config["vocab_size"])
     tensors = _plan(merged_dir, config, architecture, gguf.GGMLQuantizationType[type.upper()])
@@ -121,6 +238,46 @@ def quantize(merged_dir: Path, out_dir: Path, type: str) -> None:
     for tensor in tensors:
         writer.write_tensor_data(gguf.quants.quantize(tensor.read(), tensor.kind))
     writer.close()
+
+
+def reader(path: Path, plan):
+    """Rows of the tensors of a GGUF file in fp32, under transformers' names and in its order of rows.
+
+    Args:
+        plan: the merge that the file's model came from; its config says the architecture.
+
+    Returns:
+        What :func:`lora_kit.delta.measure` reads by: (target, first, last) to a tensor, or None where there is none.
+    """
+    import gguf
+    import torch
+
+    config = plan.config
+    architecture = _ARCHITECTURES[config["architectures"][0]]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+    names = gguf.get_tensor_name_map(_model_arch(architecture), config["num_hidden_layers"])
+    heads, held = _num_heads(config), {}
+
+    def read(target, first: int, last: int):
+        if target.name not in held:
+            held.clear()
+            held[target.name] = None
+            tensor = tensors.get(names.get_name(target.name, try_suffixes=(".weight", ".bias")) or "")
+            if tensor is not None:
+                rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+                module = target.name.rsplit(".", 2)[-2]
+                if architecture.interleaved and module in heads:
+                    rows = part_rotary_rows(rows, heads[module])
+                held[target.name] = torch.from_numpy(np.array(rows))
+        found = held[target.name]
+        return None if found is None or tuple(found.shape) != target.shape else found[first:last]
+
+    return read
+
+
+def _num_heads(config: dict[str, Any]) -> dict[str, int]:
+    num_heads = config["num_attention_heads"]
+    return {"q_proj": num_heads, "k_proj": config.get("num_key_value_heads") or num_heads}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +311,19 @@ def interleave_rotary_rows(weights: np.ndarray, num_heads: int) -> np.ndarray:
     return np.ascontiguousarray(parted.swapaxes(1, 2).reshape(weights.shape))
 
 
+def part_rotary_rows(weights: np.ndarray, num_heads: int) -> np.ndarray:
+    """The other way round: from llama.cpp's rotary layout to transformers'."""
+    rows, rest = weights.shape[0], weights.shape[1:]
+    paired = weights.reshape(num_heads, rows // num_heads // 2, 2, *rest)
+    return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(weights.shape))
+
+
 def _plan(merged_dir: Path, config: dict[str, Any], architecture: _Architecture, kind) -> list[_Tensor]:
     import gguf
     from safetensors import safe_open
 
     names = gguf.get_tensor_name_map(_model_arch(architecture), config["num_hidden_layers"])
-    num_heads = config["num_attention_heads"]
-    heads = {"q_proj": num_heads, "k_proj": config.get("num_key_value_heads") or num_heads}
+    heads = _num_heads(config)
     planned = []
     for path in sorted(merged_dir.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -200,11 +363,9 @@ def _add_hyperparameters(writer, config: dict[str, Any], type: str) -> None:
 
     num_heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
-    file_types = {"q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-                  "f16": gguf.LlamaFileType.MOSTLY_F16}
     writer.add_type("model")
     writer.add_name("merged by lora-kit")
-    writer.add_file_type(file_types[type])
+    writer.add_file_type(_file_type(type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

@@ -228,6 +228,71 @@ def test_the_default_base_in_q8_0(smollm2_base, tmp_path):
     file = Artifact(name="q", path=str(tmp_path / "model.gguf"), kind="gguf", tokenizer=str(smollm2_base))
     # In a process of its own: where llama.cpp crashes on this CPU, that is an error and not the end of the tests.
     found = isolate.call("lora_kit.certificate:measure", {
-        "reference": reference, "candidate": file.as_dict(), "prefer": ["llamacpp"], "rows": rows}).value
+        "reference": reference, "candidate": file.as_dict(), "prefer": ["llamacpp"]}).value
     assert found["engine"] == "llama.cpp" and found["tokenizer_differences"] == 0
     assert 1e-4 < found["mean_kl"] < 0.03 and found["top1_agreement"] > 0.9
+
+
+# ---- types that llama.cpp makes itself ---------------------------------------------------
+
+needs_llama_cpp = pytest.mark.skipif(gguf.missing("q4_k_m") is not None, reason="needs llama-cpp-python")
+
+
+@needs_llama_cpp
+def test_k_quants_are_in_order_and_an_importance_matrix_helps(tmp_path):
+    """Of a model whose inputs differ much in size, which is where rounding by importance pays."""
+    from safetensors.torch import load_file, save_file
+
+    from lora_kit import certificate
+
+    folder, _ = tiny.save_model(tmp_path / "model", dtype="bfloat16", hidden=256, initializer_range=0.1)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if "layernorm" in name:
+            tensor[::16] *= 8
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    rows = [[3 + (11 * row + 5 * place) % 250 for place in range(200)] for row in range(4)]
+    asked = [{"tokens": [3 + (13 * place) % 250 for place in range(150)], "trained": [1] * 150, "origin": "r",
+              "set": "rows"}]
+    reference = certificate.record_reference(
+        artifact=Artifact(name="m", path=str(folder), kind="hf", size_bytes=1).as_dict(), rows=asked,
+        path=str(tmp_path / "recording"))
+    kl, sizes = {}, {}
+    for type, shown in (("q6_k", rows), ("q5_k_m", rows), ("q4_k_m", rows), ("q4_k_m", ())):
+        out = tmp_path / f"{type}{len(shown)}"
+        out.mkdir()
+        note = gguf.quantize(folder, out, type, shown)
+        assert [path.name for path in out.iterdir()] == ["model.gguf"] and "fell back" not in note
+        assert note == ("importance matrix of 800 training tokens" if shown else "no importance matrix")
+        file = Artifact(name="q", path=str(out / "model.gguf"), kind="gguf", tokenizer=str(folder))
+        kl[type, bool(shown)] = certificate.measure(reference=reference, candidate=file.as_dict())["mean_kl"]
+        sizes[type] = (out / "model.gguf").stat().st_size
+    assert sizes["q6_k"] > sizes["q5_k_m"] > sizes["q4_k_m"]
+    assert kl["q6_k", True] < kl["q5_k_m", True] < kl["q4_k_m", True] < kl["q4_k_m", False]
+
+
+@needs_llama_cpp
+def test_rows_that_no_block_of_256_divides_are_said(tmp_path):
+    folder, _ = tiny.save_model(tmp_path / "model", dtype="bfloat16")
+    assert "matrices whose rows are no multiple of 256 fell back" in gguf.quantize(folder, tmp_path, "q4_k_m")
+
+
+def test_a_type_of_llama_cpp_names_its_install_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "llama_cpp" else name)
+    assert gguf.missing("q4_k_m") == 'pip install "lora-kit[llamacpp]"' and gguf.missing("q8_0") is None
+
+
+def test_the_importance_is_the_mean_square_of_the_inputs(tmp_path):
+    """Of the first layer's queries: its inputs are the normalised embeddings, worked out by hand."""
+    import torch
+
+    folder, _ = tiny.save_model(tmp_path / "model", dtype="bfloat16", initializer_range=0.1)
+    rows = [[5, 6, 7, 8], [9, 10]]
+    found = gguf._importance(folder, rows)
+    from safetensors.torch import load_file
+
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].float()
+    inputs = embedding[torch.tensor([token for row in rows for token in row])]
+    inputs = inputs / inputs.square().mean(1, keepdim=True).sqrt()
+    assert np.allclose(found["blk.0.attn_q.weight"], inputs.square().mean(0).numpy(), rtol=0.02)
+    assert found["blk.1.ffn_down.weight"].shape == (128,) and "output.weight" not in found
