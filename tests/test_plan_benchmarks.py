@@ -37,3 +37,10 @@ def test_compare_power(tmp_path):
     assert figures["num_times"] > 40 and [row["pairs"] for row in figures["rows"]] == [20, 40]
     assert all(sum(row[kind].values()) == pytest.approx(1) for row in figures["rows"] for kind in ("same", "planted"))
     assert figures["rows"][-1]["same"]["cannot tell"] >= 0.7 and "A/A cannot tell" in printed
+
+
+def test_speculative(tmp_path):
+    figures, printed = quick("speculative.py", tmp_path, check=False)
+    assert figures["prompts"] == figures["same"] == 8 and figures["apart"] == []  # in fp32 the greedy answer itself
+    assert 1 <= figures["tokens_per_pass"] <= 5 and 0 <= figures["acceptance"] <= 1
+    assert figures["low"] <= figures["measured"] <= figures["high"] and "8 of 8 answers are the same" in printed
