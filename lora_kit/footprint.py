@@ -18,18 +18,19 @@ from lora_kit.activations import Pass, Path
 from lora_kit.memory import BYTES_PER_VALUE, Shape
 from lora_kit.recipe import LoraSection, Recipe
 
-FLOOR_BYTES = {"training": 505e6, "inference": 470e6, "llama.cpp": 130e6}
+FLOOR_BYTES = {"training": 505e6, "inference": 470e6, "llama.cpp": 415e6}
 """Resident bytes of a process before a model is in it: Python, torch, transformers, peft, accelerate and bitsandbytes
 imported, and a matrix product multiplied. Measured on Linux x86-64 with torch 2.13's CPU build (`benchmarks/
-plan_accuracy.py` prints the first); `lora-kit plan --calibrate` measures it on the machine at hand."""
+plan_accuracy.py` prints that of the imports); those of inference are what docs/bench.md's example leaves of measured
+peaks. `lora-kit plan --calibrate` measures training's on the machine at hand."""
 CUDA_CONTEXT_BYTES = 500e6
 """What a CUDA process holds on its device before the first tensor. An assumption: not measured here."""
-KEPT_SHARE = {"fast": 0.67, "plain": 0.95}
+KEPT_SHARE = {"fast": 0.21, "plain": 0.95}
 """Freed arrays that the C library keeps resident, to each byte of what all layers keep of a pass, whether at once or,
 with checkpointing, one after the other: glibc 2.36 does not put an aligned array into the hole that one of the same
 size left (glibc bug 14581), so that each layer leaves holes of its own. Measured by `benchmarks/plan_accuracy.py`:
-KEPT_QUANTILE of its settings have less. Above the middle, since a plan that says too little is worse than one that says
-too much."""
+KEPT_QUANTILE of four settings with the fast path (0.05, 0.06, 0.19 and 0.37), and of eleven with the plain one, have
+less. Above the middle, since a plan that says too little is worse than one that says too much."""
 KEPT_QUANTILE = 0.7
 KERNEL_BYTES = 65e6
 """What oneDNN holds in 16-bit training on a CPU: kernels that it compiles for each shape, and their scratch. Measured
@@ -264,6 +265,18 @@ BITS_PER_WEIGHT = {
 """Bits a weight of a linear layer. Block types of GGUF by their layout (32 weights with an fp16 scale are 8.5, 6.5625
 is q6_k's super-block of 210 bytes for 256): ggml-common.h. The k-quants of several types (_m, _s) as llama.cpp's
 quantize prints them for Llama-3-8B: they depend on the model. nf4 as ``memory.weight_bytes``."""
+
+
+def served_forms(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(name, method, type) of the merged model and of each quantized form whose bits are known here.
+
+    The merged model is taken for bf16 where ``merge.dtype`` is auto: it is fp16, and as large, where the adapter's
+    change would not survive that.
+    """
+    dtype = recipe.merge.dtype if recipe.merge.dtype in BYTES_PER_VALUE else "bf16"
+    known = [(form.name, form.method, form.type.lower()) for form in recipe.forms
+             if form.method in ("bitsandbytes", "gguf") and form.type.lower() in BITS_PER_WEIGHT]
+    return [("merged", "hf", dtype), *known]
 
 
 def form_weight_bytes(shape: Shape, method: str, type_: str) -> float:

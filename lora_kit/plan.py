@@ -300,12 +300,10 @@ class _Forecast:
         where, bench = self.where("bf16"), recipe.bench
         shapes = {"prompt_tokens": bench.prompt_tokens, "new_tokens": bench.new_tokens,
                   "batch_size": bench.batch_size}
-        forms = [("merged", "hf", recipe.merge.dtype),
-                 *((form.name, form.method, form.type) for form in recipe.quantize)]
         served = Where(kind=self.device.kind, stored=where.stored)
         return [footprint.merging(self.shape, recipe, served), *(
-            footprint.inference(self.shape, name, method, type_, served, **shapes) for name, method, type_ in forms
-            if method != "gguf" or type_.lower() in footprint.BITS_PER_WEIGHT)]
+            footprint.inference(self.shape, name, method, type_, served, **shapes)
+            for name, method, type_ in footprint.served_forms(recipe))]
 
 
 def passes_of(recipe: Recipe, where: Where, examples: tokens.ExampleFile, batches: Sequence[Sequence[int]], *,

@@ -141,12 +141,8 @@ def look_ahead(recipe: Recipe, shape: Shape, rates: Rates, *, num_tokens: int, n
 
 def forms_of(recipe: Recipe, shape: Shape) -> list[Form]:
     """The merged model and its quantized forms, as far as their bits are known."""
-    found = [Form(name="merged", weight_bytes=footprint.form_weight_bytes(shape, "hf", recipe.merge.dtype))]
-    for form in recipe.quantize:
-        if form.method != "gguf" or form.type.lower() in footprint.BITS_PER_WEIGHT:
-            found.append(Form(name=form.name,
-                              weight_bytes=footprint.form_weight_bytes(shape, form.method, form.type)))
-    return found
+    return [Form(name=name, weight_bytes=footprint.form_weight_bytes(shape, method, type_))
+            for name, method, type_ in footprint.served_forms(recipe)]
 
 
 def _request_of(rows: ExampleFile) -> Request:

@@ -130,3 +130,12 @@ def test_checkpointing_leaves_holes_all_the_same():
     assert found.of("activations") < 0.3 * training().of("activations")
     assert not training(where=Where(precision="fp32")).of("kernels")
     assert training(where=Where(kept_share=0.0)).of("allocator") == 0
+
+
+def test_forms_that_are_served():
+    found = footprint.served_forms(recipe_of("quantize=[{method: gguf, type: q8_0}, {target: gpu}]"))
+    assert found == [("merged", "hf", "bf16"), ("gguf-q8_0", "gguf", "q8_0"),
+                     ("bitsandbytes-int8", "bitsandbytes", "int8"), ("bitsandbytes-nf4", "bitsandbytes", "nf4")]
+    assert footprint.served_forms(recipe_of("merge.dtype=fp32")) == [("merged", "hf", "fp32")]
+    unknown = recipe_of("quantize=[{method: auto_round, type: w4}, {method: torchao, type: int8}]")
+    assert [name for name, _, _ in footprint.served_forms(unknown)] == ["merged"]
