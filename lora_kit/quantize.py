@@ -251,13 +251,14 @@ def certify_form(reference: dict[str, Any], candidate: dict[str, Any], prefer: l
     artifact = Artifact(**candidate)
     with engines.open_engine(artifact, prefer=prefer) as engine:
         figures = certificate.measure_engine(reference, engine)
+        speed = decode_speed(engine)
         plan = check_adapter(Path(base_dir), Path(adapter_dir))
+        # Last: once its weights were read, bitsandbytes' int8 layers compute no more.
         if artifact.kind == "hf":
             read = delta.of_model(engine.model)
         else:
             read = quantizers.load(method).reader(Path(artifact.path), plan)
         kept = delta.measure(plan, read)
-        speed = decode_speed(engine)
     tuned, form, weights = zip(*figures["losses"], strict=True)
     return figures | {"delta": kept, "gain": gain.retained(reference["base_losses"], tuned, form, weights),
                       "tokens_per_second": speed}

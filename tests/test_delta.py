@@ -126,6 +126,18 @@ def test_weights_come_out_of_every_packing(method, type, noise, made, tmp_path):
     assert noise / 20 < found["noise"] < noise
 
 
+def test_int8_weights_are_read_after_they_were_computed_with(made, tmp_path):
+    from lora_kit.engines.hf import load
+    from lora_kit.types import Artifact
+
+    plan, folder = made
+    quantizers.load("bitsandbytes").quantize(folder, tmp_path, "int8")
+    with load(Artifact(name="q", path=str(tmp_path), kind="hf")) as engine:
+        engine.log_probs(list(range(3, 40)))
+        found = delta.measure(plan, delta.of_model(engine.model))
+    assert found["missing"] == [] and found["projection"] == pytest.approx(1, abs=0.02) and found["noise"] < 0.2
+
+
 def test_a_layer_that_only_its_kernel_reads_is_read_through_it(made):
     """What a packed linear layer makes of the unit vectors is its weight."""
     import torch

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_kit import engines, merge, quantize
+from lora_kit import certificate, engines, merge, quantize
 from lora_kit.chat import load_tokenizer
 from lora_kit.errors import MachineError, ModelError, RecipeError
 from lora_kit.events import Note, Table, listening
@@ -63,6 +63,23 @@ def test_figures_are_measured_and_written(done):
     assert "samples" not in result.figures["forms"]["gguf-q8_0"]["answers"]
     assert result.figures["forms"]["gguf-q8_0"]["mean_kl"] == q8["mean_kl"]
     assert not (run.path / "quantize" / ".reference").exists()
+
+
+def test_every_type_of_bitsandbytes_is_certified(done, tmp_path):
+    """int8 layers must be timed before their weights are read."""
+    run, _, _ = done
+    folder = run.artifact("merged").path
+    (tmp_path / "model").mkdir()
+    quantize.quantize_to_folder("bitsandbytes", "int8", folder, str(tmp_path / "model"), str(run.path / "data"))
+    rows = certificate.held_out_rows(run.path / "data", 200)["rows"]
+    reference = certificate.record_reference(artifact=run.artifact("merged").as_dict(), rows=rows,
+                                             path=str(tmp_path / "recording"))
+    reference["base_losses"] = certificate.answer_losses(artifact=run.artifact("base").as_dict(), rows=rows)
+    found = quantize.certify_form(
+        reference, Artifact(name="q", path=str(tmp_path / "model"), kind="hf").as_dict(), None, "bitsandbytes",
+        run.artifact("base").path, run.artifact("adapter").path)
+    assert found["tokens_per_second"] > 0 and 1e-6 < found["mean_kl"] < 0.1
+    assert found["delta"]["projection"] == pytest.approx(1, abs=0.03) and found["delta"]["missing"] == []
 
 
 def test_what_is_left_of_the_adapter_is_measured_in_the_files(done):
