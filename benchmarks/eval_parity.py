@@ -45,10 +45,10 @@ TARGETS = {("arc_easy", 0): 2.5, ("openbook_qa", 0): 2.5, ("piqa", 0): 1.5, ("ar
            ("openbook_qa", 5): 8.0}
 """How many times the harness's speed ours has to be, by (task, examples)."""
 LARGEST_DIFFERENCE = 1e-4
-BATCH_SIZES = {0: (8, 16, 32, 64), 5: (2, 4, 8, 16)}
+BATCH_SIZES = {0: (4, 8, 16, 32), 5: (1, 2, 4, 8)}
 """What the harness tries, by examples."""
 BLOCKS = 5
-_TRIED_ITEMS = 12
+_TRIED_ITEMS = {0: 12, 5: 4}
 _WORDS = "red green blue one two three sun moon tree house river stone bird fish bread salt".split()
 
 
@@ -193,7 +193,7 @@ def measure(theirs: Theirs, ours: Ours, path: Path, batch_sizes: tuple[int, ...]
     ours.load(path)
     num_items = len(ours.items)
     assert num_items == len(theirs.requests)
-    sample = range(min(_TRIED_ITEMS, num_items))
+    sample = range(min(_TRIED_ITEMS[5 if shots else 0], num_items))
     theirs.answer(sample[:1], 1)
     tried = {size: spent(lambda size=size: theirs.answer(sample, size))[1] for size in batch_sizes}
     best = min(tried, key=tried.get)
@@ -312,7 +312,7 @@ def main() -> None:
                 asked = everything[:len(everything) - shots][:12 if arguments.quick else arguments.items]
                 with tempfile.TemporaryDirectory(dir=place) as own:
                     path = write_task(Path(own), task, asked, everything[-shots:] if shots else [])
-                    sizes = (2,) if arguments.quick else BATCH_SIZES[min(BATCH_SIZES, key=lambda key: abs(key - shots))]
+                    sizes = (2,) if arguments.quick else BATCH_SIZES[5 if shots else 0]
                     num_exact = arguments.exact or (60 if shots else len(asked))
                     row = measure(theirs, ours, path, sizes, shots, num_exact)
                 rows.append(row)
