@@ -337,7 +337,7 @@ def test_a_budget_ends_the_evaluation_when_the_gates_are_decided(world):
 def test_merge_of_an_adapter_outside_of_a_run(world):
     adapter, base = world.run / "train" / "adapter", world.folder / "model"
     lines = ok(world, "merge", adapter, "--base", base, "--out", "merged")
-    assert re.fullmatch(r"merged: 1?\d\d kB in (bf16|fp16), KL \S+ from base \+ adapter .*", lines[-1])
+    assert re.fullmatch(r"merged: 1?\d\d kB in (bf16|fp16), KL \S+ from base \+ adapter .*", lines[-1].strip())
     assert (world.folder / "merged" / "lora_kit_certificate.json").exists()
     assert refused(world, "merge", adapter, "--base", base, "--out", "merged", code=2).startswith(
         "merged: exists already")
