@@ -29,7 +29,8 @@ from lora_kit.suite import LOSS, Suite, Task, suite_of
 from lora_kit.units import count_text, number_text
 
 COLUMNS = ("gate", "items", "worth", "smallest difference seen", "passes unchanged", "items for 80 %")
-_BINARY = ("accuracy", "acc", "acc_norm", "exact_match", "squad_em", "tool_call", "tool_call_valid", "all_assertions")
+_BINARY = ("accuracy", "acc", "acc_norm", "exact_match", "squad_em", "json_match", "tool_call",
+           "tool_call_valid", "all_assertions")
 """Metrics whose item scores are 0 or 1."""
 
 

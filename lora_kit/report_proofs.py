@@ -267,6 +267,7 @@ def quality(found: Findings) -> Section:
         blocks.append(Paragraph(text=f"No scores: {found.why_missing('eval')}.", tone="missing"))
         return Section(anchor="quality", title="Quality", blocks=blocks)
     blocks += _stage_verdicts(found, "eval")
+    blocks += _budget(scores.get("budget"))
     if found.answered:
         blocks.append(Link(text="Browse the items by task, verdict and change", target=report_items.FILE))
     if any("role" in verdict for verdict in scores.get("verdicts", ())):
@@ -308,6 +309,20 @@ def quality(found: Findings) -> Section:
                    about.get("description") or about.get("kind", "–")] for task, about in asked.items()],
             numeric=(1, 2, 3, 4, 5)))
     return Section(anchor="quality", title="Quality", blocks=blocks)
+
+
+def _budget(budget: dict[str, Any] | None) -> list[Block]:
+    """How the time of an evaluation with a budget was used; nothing of one without."""
+    if not budget:
+        return []
+    rows: list[list[str | Cell]] = [
+        [count_text(number), ", ".join(f"{task} {count_text(items)}" for task, items in look["num_items"].items()),
+         f"{look['share_of_plan'] * 100:.0f} %", count_text(look["num_decided"]), seconds_text(look["seconds"])]
+        for number, look in enumerate(budget["looks"], 1)]
+    return [Table(title="Looks within the time", numeric=(0, 2, 3, 4), rows=rows, columns=(
+        "look", "items", "of the plan", "gates decided", "after"), note=(
+        f"Stopped because {budget['stopped']}. Early looks ask for more evidence, so that all of them together are "
+        "wrong as rarely as one."))]
 
 
 def _checks(scores: dict[str, Any]) -> list[Block]:

@@ -203,6 +203,9 @@ def _eval(folder: Path, num_steps: int, text: str) -> dict:
                                                                                  "d.jsonl:12"], "why_not": ""},
                     "other": {"num_items": None, "num_overlapping": None, "items": [], "why_not": f"older {text}"}},
         "clean": [{**score(name, 3.9), "num_items": 61} for name in ("base", "merged")],
+        "budget": {"stopped": "every gate is decided", "looks": [
+            {"num_items": {"held_out": 12}, "share_of_plan": 0.1875, "seconds": 4.5, "num_decided": 0},
+            {"num_items": {"held_out": 64}, "share_of_plan": 1.0, "seconds": 21.0, "num_decided": 1}]},
         "clean_differences": [{**difference("merged", -0.3), "num_items": 61}]})
     _json(folder / "samples.json", {"format": 1, "samples": [
         {"origin": f"d.jsonl:9 {text}", "messages": [{"role": "user", "content": f"How are you? {text}"}],

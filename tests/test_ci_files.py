@@ -33,6 +33,7 @@ def test_gates_come_first_the_failed_ones_before_the_others(run):
     outcomes = [row.split("|")[1].strip() for row in rows]
     assert outcomes == sorted(outcomes, key=["FAIL", "INCONCLUSIVE", "PASS"].index) and outcomes[0] == "FAIL"
     assert len(rows) == len(ci_files._verdicts(run)) >= 3
+    assert "**Looks within the time**" in text and "Stopped because every gate is decided" in text
     assert "**Scores**" in text and "What got worse: base (A) and merged (B)" in text
     assert "answer to 1" in text and "items.html" not in text
 

@@ -19,3 +19,9 @@ def test_build():
     check_build(exact_match, "exact_match", ["a b", "c"], ["a  b", "d"])
     found = exact_match.build().compute(predictions=["a  b"], references=["a b"], normalise_whitespace=False)
     assert found["exact_match"] == 0.0
+
+
+def test_the_example_of_evaluates_own_page():
+    found = exact_match.build().compute(predictions=["cat?", "theater", "yelling", "agent"],
+                                        references=["the cat", "theater", "YELLING", "agent007"])
+    assert found["exact_match"] == 0.25 and found["item_scores"] == [0.0, 1.0, 0.0, 0.0]
