@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy
 
-from lora_kit import gates, power, sequential
+from lora_kit import budget, gates, power, sequential
 from lora_kit.claims import Gate
 from lora_kit.stats import paired_difference
 
@@ -123,29 +123,35 @@ def batches(generator, runs: int, difference: float, discordance: float, num_loo
 
 
 def budgeted(generator, runs: int, difference: float, num_gates: int) -> Counter:
-    """Several gates under a time budget: a tenth of the items, then three looks more, and what is decided stays.
+    """Several gates under a time budget that is long enough, as ``lora_kit/budget.py`` spends it: batches, looks, stop.
 
-    A run counts as FAIL (PASS) when any gate does; ``items`` counts what was evaluated until all were decided.
+    A run counts as FAIL (PASS) when any gate does; ``items`` counts what was evaluated of a gate, on average.
     """
-    ends = [math.ceil(ITEMS * share) for share in (0.1, 0.4, 0.7, 1.0)]
-    steps = [[flips(generator, runs, difference, 0.1, end - before) for _ in range(num_gates)]
-             for before, end in zip([0, *ends], ends, strict=False)]
+    claims = [TARGET.model_copy(update={"task": f"task {place}"}) for place in range(num_gates)]
+    ordered = {gate.task: [budget.Question(item_id=str(item), cluster=str(item)) for item in range(ITEMS)]
+               for gate in claims}
+    gain, loss = 0.05 + max(difference, 0.0), 0.05 + max(-difference, 0.0)
     found: Counter = Counter()
-    for run in range(runs):
-        counts, decided = [[0, 0] for _ in range(num_gates)], {}
-        for look, end in enumerate(ends):
-            for place, drawn in enumerate(steps[look]):
-                if place not in decided:  # what is decided is scored no further
-                    counts[place] = [counts[place][side] + int(drawn[run][side]) for side in (0, 1)]
-            evidence = [evidence_of_counts(*counted, end if place not in decided else ITEMS)
-                        for place, counted in enumerate(counts)]
-            verdicts = gates.decide([TARGET] * num_gates, evidence, shares=[each / ITEMS for each in ends[:look + 1]],
-                                    decided=decided)
-            decided = {place: verdict for place, verdict in enumerate(verdicts) if verdict.outcome != "INCONCLUSIVE"}
-            if len(decided) == num_gates:
-                break
-        found.update({verdict.outcome for verdict in decided.values()})
-        found["items"] += end
+    for _ in range(runs):
+        flipped = {gate.task: generator.choice([1, -1, 0], size=ITEMS, p=[gain, loss, 1 - gain - loss])
+                   for gate in claims}
+        scored = dict.fromkeys(ordered, 0)
+
+        def score(batch: budget.Batch, scored=scored) -> budget.Cost:
+            if batch.artifact == "merged":
+                for task, items in batch.items.items():
+                    scored[task] += len(items)
+            return budget.Cost(fixed=0.0, tasks={})
+
+        def decide(shares, decided, scored=scored, flipped=flipped):
+            counts = [(flipped[gate.task][:scored[gate.task]], scored[gate.task]) for gate in claims]
+            evidence = [evidence_of_counts(int((each > 0).sum()), int((each < 0).sum()), number)
+                        for each, number in counts]
+            return gates.decide(claims, evidence, shares=shares, decided=decided)
+
+        spent = budget.spend(ordered, claims, 1.0, score, decide, started=0.0, clock=lambda: 0.0)
+        found.update({verdict.outcome for verdict in spent.decided.values()})
+        found["items"] += sum(scored.values()) / num_gates
     return found
 
 
