@@ -88,6 +88,8 @@ def evaluated(smollm2_base, tmp_path_factory):
     recipe = Recipe(name="r", model={"base": "b"}, data={"train": {"source": "none.jsonl"}},
                     eval={"suite": "suites/real.yaml", "samples": 0, "cache": False, "artifacts": list(artifacts)})
     result = evaluation.stage(recipe, run)
+    for verdict in result.verdicts:  # what docs/eval.md shows; pytest -s shows it
+        print(f"{verdict.outcome} {verdict.claim}: {verdict.evidence}")
     return SimpleNamespace(verdicts=dict(zip(JUDGED, result.verdicts, strict=False)), run=run,
                            scores=json.loads((run.work("eval") / "scores.json").read_text()), all=result.verdicts)
 
