@@ -78,7 +78,7 @@ def scopes(seen: dict[str, Any]) -> Iterator[None]:
     from accelerate.optimizer import AcceleratedOptimizer
     from torch.nn.modules import module as torch_module
 
-    from lora_kit import flops, loss, packing, tokens, train
+    from lora_kit import flops, loss, packing, shares, tokens
 
     parts: dict[int, str | None] = {}
     open_scopes: list[tuple[int, Any]] = []
@@ -116,7 +116,7 @@ def scopes(seen: dict[str, Any]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(flops, "measure_ceiling", measured))
         for owner, attribute, name in (
-                (train, "loss_sum", "head and loss"), (loss, "loss_sum", "head and loss"),
+                (shares, "loss_sum", "head and loss"), (loss, "loss_sum", "head and loss"),
                 (packing, "packed_batch_of", "data"), (tokens, "batch_of", "data"),
                 (Accelerator, "clip_grad_norm_", "clipping"), (AcceleratedOptimizer, "step", "optimizer"),
                 (AcceleratedOptimizer, "zero_grad", "optimizer")):
