@@ -56,7 +56,7 @@ def test_a_variant_learns_and_its_merge_is_base_and_adapter(variant, model, tmp_
     run = pipeline.run_recipe(recipe_file, runs_dir=tmp_path / "runs", until="merge")
     train, merge = run.seal("train")["figures"], run.seal("merge")
     assert train["held_out_after"] < train["held_out_before"] - 0.03
-    assert [verdict["outcome"] for verdict in merge["verdicts"]] == ["PASS"] * 3, merge["verdicts"]
+    assert [verdict["outcome"] for verdict in merge["verdicts"]] == ["PASS"] * 4, merge["verdicts"]
     # The base that the adapter is told apart from is the original one, so that what training did is seen.
     assert merge["figures"]["adapter_change"]["mean_kl"] > 1e-4
     assert merge["figures"]["adapter_change"]["perplexity_ratio"] > 1
