@@ -33,7 +33,15 @@ from lora_kit import (
     stopwatch,
     suite,
 )
-from lora_kit.errors import BY_EXIT_CODE, GateFailed, GateInconclusive, LoraKitError, ModelError, RecipeError
+from lora_kit.errors import (
+    BY_EXIT_CODE,
+    GateFailed,
+    GateInconclusive,
+    LoraKitError,
+    MachineError,
+    ModelError,
+    RecipeError,
+)
 from lora_kit.events import Note, StageFinished, StageSkipped, StageStarted, tell
 from lora_kit.recipe import IDENTITY
 from lora_kit.recipe_file import RecipeFile, parse_recipe
@@ -180,6 +188,7 @@ def run_recipe(recipe_file: RecipeFile, *, runs_dir: Path | str = "runs", until:
 
     Raises:
         GateFailed, GateInconclusive: after all stages, when a verdict says so.
+        MachineError: a form that is to be made lacks its package; told before the first stage.
     """
     run = open_for(recipe_file, runs_dir, fresh=fresh)
     tell(Note(text=f"run {run.path}"))
@@ -198,6 +207,8 @@ def continue_run(run: Run, *, until: str = "report", no_deps: bool = False, redo
     needed = _needed_for(until) if until != "report" else set(NAMES)
     verdicts: list[Verdict] = []
     with run.locked():
+        if any(stage.name == "quantize" and stage.name in needed and _why_owed(stage, run) for stage in wanted):
+            _check_packages(run)
         for stage in wanted:
             if stage.name not in needed:
                 continue
@@ -212,6 +223,14 @@ def continue_run(run: Run, *, until: str = "report", no_deps: bool = False, redo
             verdicts += [Verdict(**fields) for fields in (run.seal(stage.name) or {}).get("verdicts", ())]
     _raise_for(verdicts, inconclusive)
     return run
+
+
+def _check_packages(run: Run) -> None:
+    """Miss a form's package before hours of training, not after them."""
+    for form in run.recipe_file.recipe.forms:
+        install = quantizers.load(form.method).missing(form.type)
+        if install:
+            raise MachineError(f"quantize.method: {form.method}", f"what {form.type} needs is not installed", install)
 
 
 def compare_with(run: Run, path: Path) -> Run:

@@ -326,6 +326,17 @@ def test_a_model_that_cannot_take_a_form_is_told_before_training(world):
         pipeline.open_for(tiny_run.read(world.recipe), world.runs)
 
 
+def test_a_form_without_its_package_is_told_before_training_and_only_where_it_is_made(world, monkeypatch):
+    from lora_kit.quantizers import gguf
+
+    monkeypatch.setattr(gguf, "missing", lambda type=None: "pip install it")
+    heard = []
+    with events.listening(heard.append), pytest.raises(MachineError, match="pip install it"):
+        pipeline.run_recipe(tiny_run.read(world.recipe), runs_dir=world.runs, fresh=True)
+    assert not any(isinstance(event, StageStarted) for event in heard)
+    assert go(world, fresh=True, until="merge") == ["data", "train", "merge"]
+
+
 def test_an_older_run_that_is_another_is_not_even_read(world):
     (world.run / "recipe.yaml").write_text("model: {from: an older version}\n")
     assert pipeline.open_for(tiny_run.read(world.recipe, "seed=1"), world.runs).path.exists()
