@@ -441,5 +441,6 @@ def test_an_end_from_outside_leaves_no_process_behind(world):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, "interrupted\n")
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    # One that is still importing torch ends when it has; a busy machine takes its time for that.
+    assert not psutil.wait_procs(children, timeout=60)[1]
     assert not (world.run / "merge").exists() and Path(world.run / "quantize" / "stage.json").exists()

@@ -74,7 +74,7 @@ def test_train_and_merge(world, capsys):
     answer = run_example("train_and_merge", "--recipe", "tiny.yaml", "--set", "train.steps=4", "--prompt", "say red",
                          "--max-new-tokens", "5")
     shown = capsys.readouterr().out
-    assert shown.count("PASS  ") == 3 and answer and shown.endswith(f"say red\n  {answer}\n")
+    assert shown.count("PASS  ") == 4 and answer and shown.endswith(f"say red\n  {answer}\n")
     run = rundir.open_run(world.run)
     assert run.recipe.train.steps == 4 and run.seal("merge") and run.seal("bench") is None
 
