@@ -274,8 +274,8 @@ class TrainSection(Section):
     """Lay the rows of a forward pass end to end, each attending to itself alone, in place of padding them to the
     longest. Where the model cannot keep them apart they are padded, which is said."""
     pack_tokens: Annotated[int, Field(ge=8), _NumberOnly] | None = None
-    """Tokens of one packed forward pass. Default: `micro_batch_size` rows of `data.max_tokens`; on a CPU at most 1024,
-    or one such row, since longer passes hold more there and are no faster."""
+    """Tokens of one packed forward pass. Default: `micro_batch_size` rows of `data.max_tokens`; on a CPU at most 1024
+    in fp32 and 2048 in bf16, or one such row, since longer passes hold more there and are hardly faster."""
     prove: Literal["auto", True, False] = "auto"
     """Before the first step, compare loss and gradients of two rows in one forward pass, padded, packed and through the
     fast path, with those of the same rows one by one through plain peft, on this model. Packing or the fast path is
