@@ -144,7 +144,8 @@ def _try(make: Callable[[Sequence[Example]], None], examples: list[Example], wha
 
 
 def _largest_that_fits(make: Callable[[Sequence[Example]], None], examples: list[Example]) -> list[Example] | None:
-    """Half of ``examples``, and half of that, until it can be made; single rows are cut."""
+    """Half of ``examples``, and half of that, until it can be made twice; less a quarter, as room for the loop's own
+    way with memory. Single rows are cut."""
     tried = examples
     while True:
         if len(tried) > 1:
@@ -158,7 +159,8 @@ def _largest_that_fits(make: Callable[[Sequence[Example]], None], examples: list
             tried = [replace(tried[0], tokens_T=tried[0].tokens_T[:half], loss_mask_T=mask)]
         try:
             make(tried)
-            return tried
+            make(tried)  # memory that is freed in pieces may not serve a second time
+            return tried if len(tried) == 1 else tried[:max(1, len(tried) * 3 // 4)]
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
