@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_kit import metrics
-from lora_kit.errors import DataError
+from lora_kit import labels, metrics
 
 HIGHER_IS_BETTER = True
 SEVERAL = True
@@ -18,26 +17,19 @@ SEVERAL = True
 
 def score(prediction: str, target: str | list[str]) -> tuple[float, str]:
     """1.0 when the label is right, else 0.0."""
-    predicted, wanted = outcome(prediction, target)
-    return (1.0, "") if predicted == wanted else (0.0, f"labels {predicted[:80]!r}, not {wanted[:80]!r}")
+    return labels.score_of(outcome(prediction, target))
 
 
 def outcome(prediction: str, target: str | list[str]) -> list[str]:
     """The label that was predicted, and the right one."""
-    wanted = target if isinstance(target, list) else [target]
-    if len(wanted) != 1:
-        raise DataError("f1", f"takes one label an item, not {len(wanted)}", "mend the row")
-    return [prediction.strip(), wanted[0].strip()]
+    return labels.outcome_of("f1", prediction, target)
 
 
 def corpus(outcomes: Sequence[Sequence[str]]) -> float:
     """Macro-averaged F1 over the labels that occur."""
     from sklearn.metrics import f1_score
 
-    predicted, wanted = zip(*outcomes, strict=True)
-    numbers: dict[str, int] = {label: number for number, label in enumerate(dict.fromkeys((*wanted, *predicted)))}
-    return float(f1_score([numbers[label] for label in wanted], [numbers[label] for label in predicted],
-                          average="macro", zero_division=0.0))
+    return float(f1_score(*labels.numbered(outcomes), average="macro", zero_division=0.0))
 
 
 def build():

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_kit import metrics
-from lora_kit.errors import DataError
+from lora_kit import labels, metrics
 
 HIGHER_IS_BETTER = True
 SEVERAL = True
@@ -20,27 +19,20 @@ UNIT = "-1 to 1"
 
 def score(prediction: str, target: str | list[str]) -> tuple[float, str]:
     """1.0 when the label is right, else 0.0."""
-    predicted, wanted = outcome(prediction, target)
-    return (1.0, "") if predicted == wanted else (0.0, f"labels {predicted[:80]!r}, not {wanted[:80]!r}")
+    return labels.score_of(outcome(prediction, target))
 
 
 def outcome(prediction: str, target: str | list[str]) -> list[str]:
     """The label that was predicted, and the right one."""
-    wanted = target if isinstance(target, list) else [target]
-    if len(wanted) != 1:
-        raise DataError("mcc", f"takes one label an item, not {len(wanted)}", "mend the row")
-    return [prediction.strip(), wanted[0].strip()]
+    return labels.outcome_of("mcc", prediction, target)
 
 
 def corpus(outcomes: Sequence[Sequence[str]]) -> float:
     """The correlation; 0 where all predictions, or all targets, are one label."""
     from sklearn.metrics import matthews_corrcoef
 
-    predicted, wanted = zip(*outcomes, strict=True)
-    numbers: dict[str, int] = {label: number for number, label in enumerate(dict.fromkeys((*wanted, *predicted)))}
-    if len(numbers) == 1:
-        return 0.0
-    return float(matthews_corrcoef([numbers[label] for label in wanted], [numbers[label] for label in predicted]))
+    wanted, predicted = labels.numbered(outcomes)
+    return float(matthews_corrcoef(wanted, predicted)) if len({*wanted, *predicted}) > 1 else 0.0
 
 
 def build():
