@@ -26,7 +26,7 @@ LEVELS = {
        "activations footprint devices outlook calibration latency speed_ratio report_latency "
        "ci_files "
        "budget "
-       "assertions "
+       "assertions labels "
        "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
        "metrics records rows spool prepared selection ledger overlap schedule tool_calls model_files suite items gates "
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
