@@ -81,6 +81,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 		echo "make: no C++ compiler for llama-cpp-python; install g++ (Debian, Ubuntu: apt install g++; Mac:" \
 			"xcode-select --install), or use 'make install', which needs none" >&2; exit 1
 	$(PIP) install --editable '.[dev]'
+	$(PIP) install --no-deps --upgrade --target "$(VENV)/apart" "$$("$(VENV)/bin/python" -m tests.apart)"
 	@touch $@
 
 test: install-dev

@@ -268,6 +268,10 @@ def quiet_libraries() -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Where torchao is installed, transformers imports it, and torchao 0.18 tells of its CUDA libraries that do not load
+    # on this machine and, through torch, of enums that it registers.
+    for told in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(told).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     # peft 0.21 reads a name that transformers 5.23 deprecated; goes with a newer peft.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

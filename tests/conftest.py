@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell ignores SIGINT for what it starts in the background, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from lora_kit import sources  # noqa: E402 - after the environment is set
+from tests import apart  # noqa: E402 - after the environment is set
+
+sys.path.append(str(apart.FOLDER))  # here; the processes that tests start see it by apart.environment()
+
+from lora_kit import sources  # noqa: E402
 from lora_kit.errors import LoraKitError  # noqa: E402
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -1,16 +1,28 @@
 """torchao int8: what is written loads again in a fresh process and is close to what went in."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from lora_kit import certificate, delta, isolate, quantizers
 from lora_kit.adapter_check import check_adapter
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.types import Artifact
-from tests import fake_run, tiny
+from tests import apart, fake_run, tiny, tiny_run
 
 quantizer = quantizers.load("torchao")
 needs_it = pytest.mark.skipif(quantizer.missing() is not None, reason=f"needs {quantizer.missing()}")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the package warns while it is imported
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_see_it():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in apart.environment().items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +87,12 @@ def test_a_missing_package_names_its_install_line(monkeypatch):
 def test_four_bits_are_refused_by_name():
     with pytest.raises(RecipeError, match="'int4' is refused: torchao saves its 4-bit weights"):
         quantizer.check({}, "int4")
+
+
+@needs_it
+def test_where_it_is_installed_commands_stay_quiet():
+    import_all = "from lora_kit.model import quiet_libraries as q; q(); import peft, transformers.quantizers, sys; " \
+                 "print('torchao' in sys.modules)"
+    environment = tiny_run.environment(PYTHONPATH=f"{tiny_run.ROOT}{os.pathsep}{apart.environment()['PYTHONPATH']}")
+    done = subprocess.run([sys.executable, "-c", import_all], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == ("True\n", "")
