@@ -37,7 +37,7 @@ def watch_for_spike(state: dict[str, Any], loss: float, origins: Sequence[str]) 
     if is_spike:
         tell(Caution(text=f"loss spike at step {state['step'] + 1}: {number_text(loss)}, where the last {len(recent)} "
                           f"steps had {number_text(mean)} (rows {_listed(origins)})"))
-        state["spikes"].append(state["step"] + 1)
+        state["spikes"].append({"step": state["step"] + 1, "loss": loss, "rows": _listed(origins)})
     state["recent_losses"] = [*recent[1 - REMEMBERED:], loss]
     return is_spike
 

@@ -1,9 +1,11 @@
 """Processes that train together and watch each other, so that none waits for one that is gone.
 
-Each writes a file beside the run's: that it lives, renewed every other second, and at its end its exit code. A thread
-reads those of the others. When one has ended, or has given no sign for STALE_SECONDS, this process is about to wait
-for it without end in a collective operation that nothing can interrupt: after GRACE_SECONDS it ends itself with 75,
-for the run can go on from its last checkpoint. Works over machines that share the run's folder, under any launcher.
+Each writes a file beside the run's: that it lives, renewed every other second, and at its end its exit code; and a
+second one, renewed while it computes. A thread reads those of the others. When one has ended, or has given no sign for
+STALE_SECONDS, or when none of all has computed anything for IDLE_SECONDS (one hangs, the others wait for it), this
+process is about to wait without end in a collective operation that nothing can interrupt: after GRACE_SECONDS it ends
+itself with 75, for the run can go on from its last checkpoint. Works over machines that share the run's folder, under
+any launcher.
 
 Torch-free. Reads and writes ``RUN/.ranks/``.
 """
@@ -16,6 +18,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,8 +27,12 @@ from lora_kit.rundir import write_text
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 30.0
+IDLE_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 """After another process has ended, how long this one may take to end by itself, saving what it has."""
+BUSY_SHARE = 0.01
+"""CPU time over clock time from which a process computes. Waiting for others over gloo takes 0.001 of it, these files
+included; feeding a GPU takes more."""
 _FEW = 16
 """Up to so many all watch all; of more the first watches all and is watched by all, to spare the disk."""
 _STOPPED = 75
@@ -45,6 +52,8 @@ class Ranks:
         self._over = threading.Event()
         self._launcher = int(os.environ.get("LORA_KIT_LAUNCHER_PID", "0"))
         self._asked = False
+        self._seen = (time.monotonic(), time.process_time())
+        self._mark_work()
         self._write(None)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -56,7 +65,8 @@ class Ranks:
             self._write(code)
 
     def gone(self) -> str | None:
-        """What is known of the first watched process that ended badly or gives no sign; None while all live."""
+        """What is known of the first watched process that ended badly or gives no sign, or of all where none computes;
+        None while the training lives."""
         now = self._time_of(self.rank)
         for rank in self.watched:
             code, last = self._code_of(rank), self._time_of(rank)
@@ -64,6 +74,11 @@ class Ranks:
                 return f"process {rank} ended with {code}"
             if code is None and last is not None and now is not None and now - last > STALE_SECONDS:
                 return f"process {rank} has given no sign for {now - last:.0f} s"
+        # One that watches the first alone cannot tell whether another works.
+        if now is not None and len(self.watched) == self.number - 1:
+            worked = [self._time_of(rank, self._work) for rank in range(self.number) if self._code_of(rank) is None]
+            if worked and None not in worked and now - max(worked) > IDLE_SECONDS:
+                return f"none of {self.number} processes has computed anything for {now - max(worked):.0f} s"
         return None
 
     def explain(self, error: BaseException) -> BaseException:
@@ -83,6 +98,8 @@ class Ranks:
         while not self._over.wait(BEAT_SECONDS):
             with suppress(OSError):
                 os.utime(self._file(self.rank))
+            if self._has_worked():
+                self._mark_work()
             if self._launcher and os.getppid() != self._launcher and not self._asked:
                 self._asked = True
                 os.kill(os.getpid(), signal.SIGTERM)  # the launcher is gone: save and stop
@@ -97,8 +114,21 @@ class Ranks:
                     os.write(2, f"process {self.rank}: {gone}, so this one stopped; {_TODO}\n".encode())
                 os._exit(_STOPPED)
 
+    def _has_worked(self) -> bool:
+        """Whether this process computed, or waited for a disk, since the last look."""
+        before, self._seen = self._seen, (time.monotonic(), time.process_time())
+        clock, cpu = (now - then for now, then in zip(self._seen, before, strict=True))
+        return cpu > BUSY_SHARE * clock or _waits_for_disk()
+
+    def _mark_work(self) -> None:
+        with suppress(OSError):
+            self._work(self.rank).touch()
+
     def _file(self, rank: int) -> Path:
         return self.folder / f"{rank}.json"
+
+    def _work(self, rank: int) -> Path:
+        return self.folder / f"{rank}.work"
 
     def _write(self, code: int | None) -> None:
         write_text(self._file(self.rank), json.dumps({"pid": os.getpid(), "code": code}))
@@ -109,10 +139,10 @@ class Ranks:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _time_of(self, rank: int) -> float | None:
-        """When ``rank`` gave its last sign, by the clock of the disk."""
+    def _time_of(self, rank: int, file: Callable[[int], Path] | None = None) -> float | None:
+        """When ``rank`` last renewed its ``file`` (default: that of its life), by the clock of the disk."""
         try:
-            return self._file(rank).stat().st_mtime
+            return (file or self._file)(rank).stat().st_mtime
         except OSError:
             return None
 
@@ -123,6 +153,14 @@ def folder_of(run: Path, token: str) -> Path:
     folder = run / ".ranks" / token
     folder.mkdir(parents=True)
     return folder
+
+
+def _waits_for_disk() -> bool:
+    """Whether the main thread sleeps in the kernel for a disk: a checkpoint on a slow one is no hang (Linux)."""
+    try:
+        return Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0] == "D"
+    except (OSError, IndexError):
+        return False
 
 
 def _is_of_collective(error: BaseException) -> bool:

@@ -32,6 +32,7 @@ from lora_kit.units import bytes_text, count_text, number_text, seconds_text
 
 _MEAN_FROM_STEPS = 30
 """A loss curve of at least this many steps also shows a running mean."""
+_SPIKES_NAMED = 8
 
 
 def summary(found: Findings) -> Section:
@@ -164,6 +165,7 @@ def training(found: Findings) -> Section:
                               f"{number_text(train.get('held_out_after'))} after" if found.held_out
              else missing(_why_no_held_out(found))],
         ]
+        rows += [*_spikes_row(train), *_rehearsal_row(train)]
         rows.append(["rows of a batch", _packing_text(train.get("packing") or {})])
         rows.append(["fast path", _fast_text(train.get("fast") or {})])
         if train.get("stops"):
@@ -244,6 +246,28 @@ def _start_row(train: dict[str, Any]) -> list[list[str | Cell]]:
         return []
     return [["start of the command" if start["of_process"] else "start of the stage",
              f"ready to train after {stopwatch.start_text(start)}"]]
+
+
+def _spikes_row(train: dict[str, Any]) -> list[list[str | Cell]]:
+    spikes = train.get("loss_spikes")
+    if spikes is None:
+        return []
+    if not spikes:
+        return [["loss spikes", "none"]]
+    named = "; ".join(f"{number_text(spike['loss'])} at step {count_text(spike['step'])} (rows {spike['rows']})"
+                      for spike in spikes[:_SPIKES_NAMED])
+    more = f"; and {count_text(len(spikes) - _SPIKES_NAMED)} more" if len(spikes) > _SPIKES_NAMED else ""
+    return [["loss spikes", f"{count_text(len(spikes))}: {named}{more}"]]
+
+
+def _rehearsal_row(train: dict[str, Any]) -> list[list[str | Cell]]:
+    done = train.get("rehearsal")
+    if not done:
+        return []
+    passes = [f"a {name} pass of {count_text(done[key])} tokens" for name, key in
+              (("training", "train_tokens"), ("held-out", "held_out_tokens")) if done.get(key)]
+    return [["worst step first", f"fitted: {', '.join(passes)}; a checkpoint of {bytes_text(done['checkpoint_bytes'])} "
+                                 f"in {seconds_text(done['save_seconds'])}"]]
 
 
 def _speed_figure(found: Findings) -> Figure | None:

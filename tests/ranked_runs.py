@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -142,12 +143,12 @@ def main(arguments: list[str]) -> int:
         codes = wait(fork(recipe, folder / f"4bit-{shard}", 2))
         assert set(codes) == {0}, (folder / f"4bit-{shard}" / "output-0.txt").read_text()[-3000:]
         found[f"4bit {shard}"] = outcome(folder / f"4bit-{shard}")
-    # A process that dies, and one that hangs.
+    # A process that dies, one that is stopped, and one that lives and computes no more.
     recipe = make_recipe(folder, "lost", save_every=4, steps=400)
-    for name, number in (("dead", signal.SIGKILL), ("stopped rank", signal.SIGSTOP)):
-        def lose(rank: int, step: int, number: int = number) -> None:
+    for name, number in (("dead", signal.SIGKILL), ("stopped rank", signal.SIGSTOP), ("hanging rank", None)):
+        def lose(rank: int, step: int, number: int | None = number) -> None:
             if rank == 1 and step == 9:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number) if number else threading.Event().wait()
 
         runs = folder / name
         started = time.monotonic()
@@ -156,8 +157,8 @@ def main(arguments: list[str]) -> int:
         seconds = time.monotonic() - started
         if number == signal.SIGSTOP:
             os.kill(children[1], signal.SIGKILL)
-        wait(children[1:])
-        found[name] = {"code": first[0], "seconds": seconds, "step": killed_runs.newest_step(runs),
+        others = wait(children[1:])
+        found[name] = {"code": first[0], "others": others, "seconds": seconds, "step": killed_runs.newest_step(runs),
                        "said": (runs / "output-0.txt").read_text()}
     print(json.dumps(found))
     return 0

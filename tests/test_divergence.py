@@ -87,14 +87,14 @@ def watch(losses: list[float]) -> tuple[dict, list[str]]:
         for step, loss in enumerate(losses):
             state["step"] = step
             assert divergence.watch_for_spike(state, loss, ["rows.jsonl:3", "rows.jsonl:9"]) \
-                == (step + 1 in state["spikes"])
+                == (step + 1 in [spike["step"] for spike in state["spikes"]])
     return state, told
 
 
 def test_a_spike_is_told_with_its_rows():
     steady = [2.0 + 0.1 * (-1) ** step for step in range(15)]
     state, told = watch([*steady, 7.5, *steady])
-    assert state["spikes"] == [16]
+    assert state["spikes"] == [{"step": 16, "loss": 7.5, "rows": "rows.jsonl:3, rows.jsonl:9"}]
     assert told == ["loss spike at step 16: 7.5, where the last 15 steps had 2.007 (rows rows.jsonl:3, rows.jsonl:9)"]
 
 

@@ -235,6 +235,35 @@ def test_one_that_gives_no_sign_is_gone(pair, monkeypatch):
     assert pair[0].gone().startswith("process 1 has given no sign for ")
 
 
+def test_where_none_computes_all_are_gone_and_one_that_computes_is_enough(pair, monkeypatch):
+    monkeypatch.setattr(ranks, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(ranks.Ranks, "_has_worked", lambda self: self.rank == 1)
+    ends = time.monotonic() + 2
+    while time.monotonic() < ends:
+        assert pair[0].gone() is None
+        time.sleep(0.05)
+    monkeypatch.setattr(ranks.Ranks, "_has_worked", lambda self: False)
+    time.sleep(1)
+    assert pair[0].gone().startswith("none of 2 processes has computed anything for ")
+    pair[0].end(0)  # has done its part
+    assert pair[1].gone().startswith("none of 2 processes")
+
+
+def test_computing_is_work_and_sleeping_is_none(pair, monkeypatch):
+    monkeypatch.setattr(ranks, "_waits_for_disk", lambda: False)
+    pair[0]._over.set()
+    pair[0]._thread.join()
+    pair[1].end(0)
+    pair[1]._thread.join()
+    pair[0]._has_worked()
+    time.sleep(0.5)
+    assert not pair[0]._has_worked()
+    ends = time.monotonic() + 0.2
+    while time.monotonic() < ends:
+        pass
+    assert pair[0]._has_worked()
+
+
 def test_a_collective_that_failed_for_lack_of_another_is_a_stop(pair):
     error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
     pair[1].end(8)

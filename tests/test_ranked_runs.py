@@ -49,9 +49,13 @@ def test_one_process_is_told_to_stop_and_all_go_on_to_the_same_bytes(found, shar
     assert len(stopped["straight"]["ending"]) == 4
 
 
-@pytest.mark.parametrize("name", ["dead", "stopped rank"])
+@pytest.mark.parametrize("name", ["dead", "stopped rank", "hanging rank"])
 def test_a_process_that_is_gone_ends_the_others_within_a_minute(found, name):
     lost = found[name]
     assert lost["code"] == 75 and lost["seconds"] < 60
     assert lost["step"] == 8  # what there is to go on from
     assert "so this one stopped" in lost["said"]
+
+
+def test_a_process_that_hangs_ends_by_itself(found):
+    assert found["hanging rank"]["others"] == [75]

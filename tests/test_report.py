@@ -157,6 +157,26 @@ def test_speed_that_was_not_measured_is_not_on_the_page(tmp_path):
     assert "ceiling" not in page.text and "ready to train" not in page.text and page.tags.count("svg") == 6
 
 
+def test_spikes_and_the_worst_step_are_on_the_page(tmp_path):
+    run = paper.write(tmp_path)
+    seal = json.loads((run.path / "train" / "stage.json").read_text())
+    seal["figures"] |= {
+        "loss_spikes": [{"step": 20 + place, "loss": 7.5 + place, "rows": f"rows.jsonl:{place}"} for place in range(10)],
+        "rehearsal": {"train_tokens": 2048, "held_out_tokens": 900, "checkpoint_bytes": 58_800_000,
+                      "save_seconds": 0.25}}
+    (run.path / "train" / "stage.json").write_text(json.dumps(seal))
+    page, markdown, _ = pages(run)
+    for shown in ("10: 7.5 at step 20 (rows rows.jsonl:0); 8.5 at step 21 (rows rows.jsonl:1); ",
+                  "14.5 at step 27 (rows rows.jsonl:7); and 2 more",
+                  "fitted: a training pass of 2,048 tokens, a held-out pass of 900 tokens; a checkpoint of 58.8 MB in "
+                  "250 ms"):
+        assert shown in page.text and shown in markdown, shown
+    seal["figures"] |= {"loss_spikes": [], "rehearsal": None}
+    (run.path / "train" / "stage.json").write_text(json.dumps(seal))
+    page, _, _ = pages(run)
+    assert "loss spikes none" in page.text and "worst step first" not in page.text
+
+
 def test_a_badge_belongs_to_its_artifact(tmp_path):
     found = report_findings.read(paper.recipe(), paper.write(tmp_path))
     assert found.outcomes_of("merged") == ["PASS", "PASS"]  # its certificate and the gate
