@@ -31,7 +31,7 @@ IDLE_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 """After another process has ended, how long this one may take to end by itself, saving what it has."""
 BUSY_SHARE = 0.01
-"""CPU time over clock time from which a process computes. Waiting for others over gloo takes 0.001 of it, these files
+"""CPU time over clock time from which a process computes. Waiting for one other over gloo takes 0.0035 of it, these files
 included; feeding a GPU takes more."""
 _FEW = 16
 """Up to so many all watch all; of more the first watches all and is watched by all, to spare the disk."""
