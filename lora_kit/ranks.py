@@ -31,8 +31,8 @@ IDLE_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 """After another process has ended, how long this one may take to end by itself, saving what it has."""
 BUSY_SHARE = 0.01
-"""CPU time over clock time from which a process computes. Waiting for one other over gloo takes 0.0035 of it, these files
-included; feeding a GPU takes more."""
+"""CPU time over clock time from which a process computes. Waiting for one other over gloo takes 0.0035 of it, these
+files included; feeding a GPU takes more."""
 _FEW = 16
 """Up to so many all watch all; of more the first watches all and is watched by all, to spare the disk."""
 _STOPPED = 75
@@ -158,7 +158,8 @@ def folder_of(run: Path, token: str) -> Path:
 def _waits_for_disk() -> bool:
     """Whether the main thread sleeps in the kernel for a disk: a checkpoint on a slow one is no hang (Linux)."""
     try:
-        return Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0] == "D"
+        status = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
+        return status.rpartition(")")[2].split()[0] == "D"
     except (OSError, IndexError):
         return False
 

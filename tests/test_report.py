@@ -161,7 +161,7 @@ def test_spikes_and_the_worst_step_are_on_the_page(tmp_path):
     run = paper.write(tmp_path)
     seal = json.loads((run.path / "train" / "stage.json").read_text())
     seal["figures"] |= {
-        "loss_spikes": [{"step": 20 + place, "loss": 7.5 + place, "rows": f"rows.jsonl:{place}"} for place in range(10)],
+        "loss_spikes": [{"step": 20 + at, "loss": 7.5 + at, "rows": f"rows.jsonl:{at}"} for at in range(10)],
         "rehearsal": {"train_tokens": 2048, "held_out_tokens": 900, "checkpoint_bytes": 58_800_000,
                       "save_seconds": 0.25}}
     (run.path / "train" / "stage.json").write_text(json.dumps(seal))
