@@ -2,7 +2,8 @@
 
 The stages are those of the recipe: base, adapter, merged, and from merged each quantized form. Every artifact is
 compared with the base and with the stage before it, and, where there is a baseline.lock, with what that
-says of it. Torch-free; reads and writes nothing.
+says of it. Of what the merged model gained on a target task, each quantized form is said to keep so much.
+Torch-free; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_kit import gates
+from lora_kit import gain, gates
 from lora_kit.claims import BASELINE, FEWSHOT, Gate, lock_subject
 from lora_kit.errors import MachineError
 from lora_kit.types import TaskScore, Verdict
@@ -28,6 +29,7 @@ class Compared:
     scores: list[TaskScore]
     differences: list[dict[str, Any]]
     flips: list[dict[str, Any]]
+    gains: list[dict[str, Any]]
     verdicts: list[Verdict] = field(default_factory=list)
 
 
@@ -63,11 +65,27 @@ def compare(
         return scored[pair[side]][pair[:2]]
 
     return Compared(
-        scores=scores, verdicts=verdicts(scored, claims, higher_is_better, not_measured, corpus),
+        scores=scores, gains=gains(scored, claims, higher_is_better, corpus), verdicts=verdicts(scored, claims, higher_is_better, not_measured, corpus),
         differences=[gates.difference(lines(pair, 2), lines(pair, 3), corpus=corpus.get(pair[:2]), **about(pair))
                      for pair in pairs],
         flips=[gates.flips(lines(pair, 2), lines(pair, 3), **about(pair)) for pair in pairs
                if (pair[2], pair[3]) in stages])
+
+
+def gains(scored: Scored, claims: Sequence[Gate], higher_is_better: Mapping[tuple[str, str], bool],
+          corpus: Mapping[tuple[str, str], gates.Corpus | None]) -> list[dict[str, Any]]:
+    """What each quantized form keeps of the merged model's gain, on the tasks that the suite claims to get better.
+
+    Returns:
+        What :func:`lora_kit.gain.of_items` does, with task, metric, artifact and higher_is_better.
+    """
+    targets = dict.fromkeys((gate.task, gate.metric) for gate in claims if gate.role == "target")
+    forms = [name for name, before in stage_pairs(list(scored)) if before == "merged" and name not in _ROAD]
+    return [{"task": key[0], "metric": key[1], "artifact": name, "higher_is_better": higher_is_better[key],
+             **gain.of_items(*(scored[side][key] for side in ("base", "merged", name)), corpus=corpus.get(key),
+                             higher_is_better=higher_is_better[key])}
+            for key in targets for name in forms
+            if all(key in scored.get(side, {}) for side in ("base", "merged", name))]
 
 
 def verdicts(

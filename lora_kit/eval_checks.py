@@ -120,6 +120,22 @@ def clean_rows(clean: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str,
     return rows
 
 
+GAIN_COLUMNS = ("task", "artifact", "base", "merged", "artifact's", "gain kept", "95 % interval", "items")
+"""Columns of :func:`gain_rows`."""
+
+
+def gain_rows(gains: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of a table: what each form keeps of what training gained, or why that cannot be told."""
+    rows = []
+    for each in gains:
+        low, high = each["ci_low"], each["ci_high"]
+        kept = f"{100 * each['value']:.0f} %" if each["value"] is not None else f"cannot tell: {each['why_not']}"
+        rows.append((f"{each['task']} {each['metric']}", each["artifact"],
+                     *(number_text(each.get(side), 3) for side in ("base", "tuned", "form")), kept,
+                     "–" if low is None else f"{100 * low:.0f} to {100 * high:.0f} %", count_text(each["num_items"])))
+    return rows
+
+
 def _interval(each: Mapping[str, Any]) -> str:
     low, high = each["ci_low"], each["ci_high"]
     return "–" if low is None else f"{number_text(low, 3)} to {number_text(high, 3)}"

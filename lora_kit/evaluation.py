@@ -269,7 +269,7 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], scored:
     checks = [outcome["check"] for outcome in outcomes.values() if outcome["check"]]
     overlap = eval_checks.overlap_of(suite, scored, data_dir, drops=overlap_dropped)
     figures = {"suite": suite.name, "scores": [score.as_dict() for score in scores],
-               "differences": found.differences, "flips": found.flips, "not_measured": not_measured,
+               "differences": found.differences, "flips": found.flips, "gains": found.gains, "not_measured": not_measured,
                "checks": checks, "overlap": overlap,
                "clean": eval_checks.clean_scores(overlap, scored, higher, corpus),
                "clean_differences": eval_checks.clean_differences(overlap, scored | locked, found.differences, corpus)}
@@ -303,6 +303,9 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], scored:
     for why, names in _grouped(not_measured).items():
         events.tell(events.Caution(text=f"not measured: {', '.join(names)}: {why}"))
     events.tell(_as_table(scores, found.differences))
+    if found.gains:
+        events.tell(events.Table(title="What training gained, and what quantized forms keep of it",
+                                 columns=eval_checks.GAIN_COLUMNS, rows=eval_checks.gain_rows(found.gains)))
     if found.flips:
         events.tell(_flips_table(found.flips))
     _tell_checks(figures)

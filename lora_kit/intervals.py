@@ -257,7 +257,10 @@ def clustered_t(sums_G: Sequence[float], weights_G: Sequence[float]) -> StudentT
 
 def bootstrap_mean(sums_G: Sequence[float], weights_G: Sequence[float], *, resamples: int = RESAMPLES,
                    seed: int = 0) -> BCa:
-    """The same mean as in :func:`clustered_t` by its BCa bootstrap, clusters drawn as wholes."""
+    """The same mean as in :func:`clustered_t` by its BCa bootstrap, clusters drawn as wholes.
+
+    Weights that are differences may cancel, or be negative; a draw without any is as far out as can be.
+    """
     import numpy
 
     sums_G, weights_G = numpy.asarray(sums_G, dtype=float), numpy.asarray(weights_G, dtype=float)
@@ -265,8 +268,10 @@ def bootstrap_mean(sums_G: Sequence[float], weights_G: Sequence[float], *, resam
     values = []
     for size in _portions(resamples, many):
         drawn_RG = generator.integers(many, size=(size, many))
-        values.append(sums_G[drawn_RG].sum(axis=1) / weights_G[drawn_RG].sum(axis=1))
-    left_out_G = (sums_G.sum() - sums_G) / (weights_G.sum() - weights_G)
+        tops_R, bottoms_R = sums_G[drawn_RG].sum(axis=1), weights_G[drawn_RG].sum(axis=1)
+        values.append(numpy.divide(tops_R, bottoms_R, out=numpy.full(size, numpy.inf), where=bottoms_R != 0))
+    rest_G = weights_G.sum() - weights_G
+    left_out_G = numpy.divide(sums_G.sum() - sums_G, rest_G, out=numpy.zeros(many), where=rest_G != 0)
     return _bca(float(sums_G.sum() / weights_G.sum()), numpy.concatenate(values), left_out_G)
 
 

@@ -292,6 +292,12 @@ def quality(found: Findings) -> Section:
             numeric=(4, 5, 6, 7),
             note="Paired over the items that both have, 95 % intervals by cluster. Better or worse only where the "
                  "interval leaves zero out. baseline/ names what a baseline.lock says."))
+    if scores.get("gains"):
+        blocks.append(Table(
+            title="What quantized forms keep of the gain", columns=eval_checks.GAIN_COLUMNS,
+            rows=eval_checks.gain_rows(scores["gains"]), numeric=(2, 3, 4, 6, 7),
+            note="Of the tasks that the suite claims to get better: (artifact's - base) / (merged - base) over the items "
+                 "that all three have, its 95 % interval by drawing clusters anew."))
     blocks += _checks(scores)
     if scores.get("flips"):
         blocks.append(_changed_items(scores["flips"]))

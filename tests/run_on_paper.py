@@ -193,6 +193,12 @@ def _eval(folder: Path, num_steps: int, text: str) -> dict:
         "flips": [{"task": "held_out", "metric": "loss", "artifact": "merged", "baseline": "base", "num_items": 64,
                    "is_binary": False, "num_better": 60, "num_worse": 4, "num_same": 0, "num_numeric": 0,
                    "better": ["d.jsonl:9 [0]"], "worse": [f"d.jsonl:11 [2] {text}"]}],
+        "gains": [
+            {"task": "held_out", "metric": "loss", "artifact": "bitsandbytes-nf4", "base": 4.2, "tuned": 3.73,
+             "form": 3.8, "value": 0.851, "ci_low": 0.8, "ci_high": 0.9, "why_not": "", "num_items": 64,
+             "num_clusters": 64},
+            {"task": "held_out", "metric": "loss", "artifact": "gguf-q8_0", "value": None, "ci_low": None,
+             "ci_high": None, "why_not": f"nothing is scored {text}", "num_items": 0, "num_clusters": 0}],
         "not_measured": [{"artifact": "gguf-q8_0", "task": "held_out", "why": f"not installed {text}"}],
         "tasks": {"held_out": {"kind": "held_out_loss", "description": "Loss on unseen rows.", "num_items": 64,
                                "num_rows": 64, "num_left_out": 0, "num_not_drawn": 0, "unusable": {}}},

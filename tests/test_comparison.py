@@ -92,3 +92,16 @@ def test_more_errors_than_allowed_fail_the_evaluation_as_environment():
         "task answers: 6 of 60 items of merged have no exact_match, more than eval.max_errors allows (9 %); the first: "
         "it is too long; correct it, or raise eval.max_errors; the items are in work/merged/items.jsonl")
     comparison.check_errors(scored(base=[None]), 1.0, "work")
+
+
+def test_forms_keep_a_share_of_what_a_target_gained():
+    by_name = scored(base=WRONG, merged=RIGHT[:40] + WRONG[:20], gguf=RIGHT[:30] + WRONG[:30], adapter=RIGHT)
+    by_name["base-fewshot"] = by_name["base"]
+    target = Gate(task="answers", metric="exact_match", better_than="base")
+    [kept] = comparison.compare(by_name, [target, target], HIGHER, []).gains
+    assert (kept["task"], kept["metric"], kept["artifact"], kept["num_items"]) == ("answers", "exact_match", "gguf", 60)
+    assert kept["value"] == 0.75 and 0.5 < kept["ci_low"] < 0.75 < kept["ci_high"] < 1
+    retained = Gate(task="answers", metric="exact_match", no_worse_than="base", margin=0.1)
+    assert comparison.compare(by_name, [retained], HIGHER, []).gains == []
+    del by_name["base"]
+    assert comparison.compare(by_name, [], HIGHER, []).gains == []

@@ -132,3 +132,13 @@ def test_a_training_row_that_is_an_item_is_found_and_the_rest_scored(tiny_model,
         ("merged", "base", 6)]
     assert [(check["artifact"], check["outcome"]) for check in scores["checks"]] == [
         ("base", "PASS"), ("merged", "PASS")]
+
+
+def test_gains_as_texts():
+    about = {"task": "answers", "metric": "exact_match", "artifact": "gguf", "base": 0.0, "tuned": 0.5, "num_items": 80}
+    rows = eval_checks.gain_rows([
+        {**about, "form": 0.4, "value": 0.8, "ci_low": 0.655, "ci_high": 0.934, "why_not": ""},
+        {**about, "form": 0.0, "value": None, "ci_low": None, "ci_high": None, "why_not": "nothing is scored"}])
+    assert rows[0] == ("answers exact_match", "gguf", "0", "0.5", "0.4", "80 %", "66 to 93 %", "80")
+    assert rows[1][5:] == ("cannot tell: nothing is scored", "–", "80")
+    assert len(rows[0]) == len(eval_checks.GAIN_COLUMNS)

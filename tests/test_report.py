@@ -196,7 +196,8 @@ def test_claims_flips_and_what_would_decide(tmp_path):
     (run.path / "eval" / "scores.json").write_text(json.dumps(scores))
     page, markdown, _ = pages(run)
     for shown in ("about 1,200 items", "not known", "decided", "retain", "floor", "Items that changed, stage by stage",
-                  "base → merged", "d.jsonl:11", "2 of the changes lie within rounding"):
+                  "base → merged", "d.jsonl:11", "What quantized forms keep of the gain", "85 %", "80 to 90 %",
+                  "cannot tell: nothing is scored", "2 of the changes lie within rounding"):
         assert shown in page.text and (shown in markdown or shown.replace("[", "\\[") in markdown), shown
     found = report_findings.read(paper.recipe(), run)
     assert found.outcomes_of("merged").count("INCONCLUSIVE") == 2
