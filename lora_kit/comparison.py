@@ -65,7 +65,8 @@ def compare(
         return scored[pair[side]][pair[:2]]
 
     return Compared(
-        scores=scores, gains=gains(scored, claims, higher_is_better, corpus), verdicts=verdicts(scored, claims, higher_is_better, not_measured, corpus),
+        scores=scores, gains=gains(scored, claims, higher_is_better, corpus),
+        verdicts=verdicts(scored, claims, higher_is_better, not_measured, corpus),
         differences=[gates.difference(lines(pair, 2), lines(pair, 3), corpus=corpus.get(pair[:2]), **about(pair))
                      for pair in pairs],
         flips=[gates.flips(lines(pair, 2), lines(pair, 3), **about(pair)) for pair in pairs

@@ -269,8 +269,8 @@ def _write_results(suite: Suite, asked: dict, outcomes: dict[str, dict], scored:
     checks = [outcome["check"] for outcome in outcomes.values() if outcome["check"]]
     overlap = eval_checks.overlap_of(suite, scored, data_dir, drops=overlap_dropped)
     figures = {"suite": suite.name, "scores": [score.as_dict() for score in scores],
-               "differences": found.differences, "flips": found.flips, "gains": found.gains, "not_measured": not_measured,
-               "checks": checks, "overlap": overlap,
+               "differences": found.differences, "flips": found.flips, "gains": found.gains,
+               "not_measured": not_measured, "checks": checks, "overlap": overlap,
                "clean": eval_checks.clean_scores(overlap, scored, higher, corpus),
                "clean_differences": eval_checks.clean_differences(overlap, scored | locked, found.differences, corpus)}
     if spent:

@@ -1,8 +1,8 @@
 """How much of what training gained an artifact keeps: (score - base) / (tuned - base), with its interval.
 
 Of losses on held-out rows, and of the scores of an evaluation. Rows (clusters of items) are independent of each other
-and what stands in one of them is not, so they are drawn whole. A tuned model that is not surely better than its base has
-no gain to keep, and none is claimed. Torch-free; reads and writes nothing.
+and what stands in one of them is not, so they are drawn whole. A tuned model that is not surely better than its base
+has no gain to keep, and none is claimed. Torch-free; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -64,11 +64,13 @@ def of_items(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any
     else:
         weights = [sides[2][name].get("weight") or 1 for name in shared]
         # Clusters are drawn whole, so their sums say all.
-        found = _of_sums(*(numpy.asarray([sum(weights[number] * side[shared[number]]["score"] for number in numbers)
-                                          for numbers in members], dtype=float) for side in sides),
-                         numpy.asarray([sum(weights[number] for number in numbers) for numbers in members], dtype=float))
+        sums = [numpy.asarray([sum(weights[number] * side[shared[number]]["score"] for number in numbers)
+                               for numbers in members], dtype=float) for side in sides]
+        found = _of_sums(*sums, numpy.asarray([sum(weights[number] for number in numbers) for numbers in members],
+                                              dtype=float))
     if found["value"] is not None and (found["tuned"] > found["base"]) != higher_is_better:
-        found |= {"value": None, "ci_low": None, "ci_high": None, "why_not": "the tuned model is worse than its base"}
+        found |= {"value": None, "ci_low": None, "ci_high": None,
+                  "why_not": "the tuned model is worse than its base"}
     return {**found, "num_items": len(shared), "num_clusters": len(members)}
 
 

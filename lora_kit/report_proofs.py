@@ -296,8 +296,8 @@ def quality(found: Findings) -> Section:
         blocks.append(Table(
             title="What quantized forms keep of the gain", columns=eval_checks.GAIN_COLUMNS,
             rows=eval_checks.gain_rows(scores["gains"]), numeric=(2, 3, 4, 6, 7),
-            note="Of the tasks that the suite claims to get better: (artifact's - base) / (merged - base) over the items "
-                 "that all three have, its 95 % interval by drawing clusters anew."))
+            note="Of the tasks that the suite claims to get better: (artifact's - base) / (merged - base) over the "
+                 "items that all three have, its 95 % interval by drawing clusters anew."))
     blocks += _checks(scores)
     if scores.get("flips"):
         blocks.append(_changed_items(scores["flips"]))
