@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
-from lora_kit import cli_plan
+from lora_kit import cli_bench, cli_plan
 from lora_kit.cli_options import RUNS as _RUNS
 from lora_kit.cli_options import (
     AgainOption,
@@ -28,6 +28,7 @@ from lora_kit.cli_options import (
     SetOption,
     TargetArgument,
 )
+from lora_kit.cli_options import do_stage as _do_stage
 from lora_kit.cli_options import terminal as _terminal
 from lora_kit.cli_plan import show_ledger
 
@@ -215,18 +216,6 @@ def _stage_verb(stage: str, summary: str):
     app.command(name=stage)(verb)
 
 
-def _do_stage(stage: str, target: Path | None, runs: Path, no_deps: bool, again: bool,
-              inconclusive: str | None = None) -> None:
-    from lora_kit import pipeline, rundir
-
-    opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
-    typer.echo(f"run {opened.path}")
-    pipeline.continue_run(opened, until=stage, no_deps=no_deps, redo=again, inconclusive=inconclusive)
-    seal = opened.seal(stage)
-    typer.echo(f"{stage}: {seal['summary']}")
-    typer.echo(f"written to {opened.stage_dir(stage)}")
-
-
 @app.command()
 def merge(
     target: Annotated[Path | None, typer.Argument(metavar="RUN|ADAPTER", show_default=False, help=(
@@ -257,29 +246,7 @@ def merge(
 _stage_verb("quantize", "Quantize the merged model of a run and measure what it cost.")
 
 
-@app.command()
-def bench(
-    target: TargetArgument = None, runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads, for an ARTIFACT.")] = None,
-    debug: DebugOption = False,
-) -> None:
-    """Measure inference speed: of a run's artifacts, or of one artifact."""
-    from lora_kit import pipeline, rundir
-
-    if target is None or rundir.is_run(Path(target)):
-        _do_stage("bench", Path(target) if target else None, runs, no_deps, again)
-        return
-    from lora_kit import bench as bench_module
-    from lora_kit.errors import MachineError
-    from lora_kit.recipe import BenchSection
-
-    artifact, _ = pipeline.artifact_at(target, runs)
-    point = bench_module.bench_artifact(artifact, BenchSection(threads=threads))
-    if point.why_not:
-        raise MachineError(f"bench {target}", "nothing was measured", point.why_not)
-    _terminal.table("", bench_module.COLUMNS, [bench_module.row_of(point)])
-
-
+app.command()(cli_bench.bench)
 app.command(name="bench compare")(cli_plan.bench_compare)
 
 

@@ -1,6 +1,6 @@
-"""What the verbs share: their arguments and options, and the terminal that they show tables on.
+"""What the verbs share: their arguments and options, the terminal that they show tables on, and doing a stage.
 
-The verbs stand in ``cli.py`` and ``cli_plan.py``.
+The verbs stand in ``cli.py``, ``cli_plan.py`` and ``cli_bench.py``.
 """
 
 from __future__ import annotations
@@ -67,3 +67,16 @@ class LazyTerminal:
 
 
 terminal = LazyTerminal()
+
+
+def do_stage(stage: str, target: Path | None, runs: Path, no_deps: bool, again: bool,
+             inconclusive: str | None = None) -> None:
+    """Bring a run up to ``stage`` and say what came of it."""
+    from lora_kit import pipeline, rundir
+
+    opened = rundir.open_run(target) if target else rundir.open_run(rundir.newest(runs))
+    typer.echo(f"run {opened.path}")
+    pipeline.continue_run(opened, until=stage, no_deps=no_deps, redo=again, inconclusive=inconclusive)
+    seal = opened.seal(stage)
+    typer.echo(f"{stage}: {seal['summary']}")
+    typer.echo(f"written to {opened.stage_dir(stage)}")

@@ -23,7 +23,7 @@ LEVELS = {
     0: "errors units",
     1: "gain frontier "
        "task_source lm_eval_task lm_eval_library multiple_choice "
-       "activations footprint devices outlook calibration latency speed_ratio report_latency "
+       "activations footprint devices outlook calibration latency repeats bench_prompts speed_ratio report_latency "
        "ci_files "
        "budget "
        "assertions labels "
@@ -40,9 +40,9 @@ LEVELS = {
     3: "score_cache greedy delta quantized_base combining extraction "
        "engines quantizers certificate scoring stop_rate baseline",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight "
-       "advice plan_outlook plan_record memory_short bench_compare",
+       "advice plan_outlook plan_record memory_short bench_compare bench_url",
     5: "pipeline terminal calibrate cli_options",
-    6: "cli cli_plan lora_kit",
+    6: "cli cli_plan cli_bench lora_kit",
 }
 """Level -> its modules and folders; ``lora_kit`` is ``__init__.py``, the Python API."""
 
@@ -208,6 +208,8 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 SPEAKERS = {
     "cli": "the command line",
     "cli_plan": "a part of it: two of its verbs",
+    "cli_bench": "a part of it: one of its verbs",
+    "cli_options": "a part of it: what its verbs share",
     "terminal": "renders events for it",
     "nursery": "the processes that it forks end where they are forked",
     "ranks": "a process that waits for one that is gone, in an operation that nothing can interrupt, ends itself",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lora_kit import latency
+from lora_kit.errors import RecipeError
 from lora_kit.latency import Limits, Trace
 
 
@@ -82,3 +83,22 @@ def test_limits():
     assert Limits().keeps(trace) and Limits(first_token=0.5001).keeps(trace)
     assert not Limits(first_token=0.4).keeps(trace)
     assert not Limits(per_token=0.1).keeps(trace) and Limits(per_token=0.21).keeps(trace)
+
+
+def test_pieces_of_several_tokens_count_by_their_tokens():
+    found = Trace(started=0.0, token_times=(1.0, 2.0, 3.0), prompt_tokens=2, num_tokens=9)
+    assert found.per_token == pytest.approx(2 / 8) and found.output_tokens == 9
+    assert latency.figures([found])["output_tokens_per_second"] == pytest.approx(3)
+    assert Trace(started=0.0, token_times=(1.0,), prompt_tokens=2, num_tokens=9).per_token is None
+
+
+def test_limits_in_words():
+    limits = latency.parse_limits(["ttft:500ms", "tpot=0.05s", "e2el:2000"])
+    assert limits == Limits(first_token=0.5, per_token=0.05, end_to_end=2.0)
+    assert limits.text() == "ttft 500 ms, tpot 50 ms, e2el 2 s" and latency.parse_limits([]) is None
+    assert not Limits(end_to_end=0.8).keeps(traced(0.5, [0.1, 0.3])) and Limits(end_to_end=1).keeps(traced(0.5, [0.1]))
+    for wrong in ("ttft", "itl:5ms", "ttft:-1", "ttft:0ms", "ttft:5 h"):
+        with pytest.raises(RecipeError, match="is no limit; write ttft, tpot, e2el"):
+            latency.parse_limits([wrong])
+    with pytest.raises(RecipeError, match="is a second limit on ttft"):
+        latency.parse_limits(["ttft:5", "ttft:6"])
