@@ -17,7 +17,7 @@ from functools import partial
 from importlib import metadata
 from typing import Any
 
-from lora_kit import events, hardware, isolate, latency, units
+from lora_kit import bench_serving, events, hardware, isolate, latency, units
 from lora_kit.errors import InternalError, MachineError
 from lora_kit.recipe import BenchSection, Recipe
 from lora_kit.rundir import Run, write_json
@@ -54,7 +54,9 @@ def stage(recipe: Recipe, run: Run) -> Result:
     caution = uneven_machine(speeds)
     if caution:
         events.tell(events.Caution(text=caution))
+    serving = bench_serving.measure(recipe, run, artifacts)
     write_json(work / "bench.json", {
+        "serving": serving,
         "points": [point.as_dict() for point in points],
         "calibration_gflops": speeds,
         "caution": caution,
@@ -71,6 +73,8 @@ def stage(recipe: Recipe, run: Run) -> Result:
         events.tell(events.Note(text=f"decoding reads the weights at this share of the {bandwidth / 1e9:.1f} GB/s that "
                                 "main memory gives: " + ", ".join(
                                     f"{name} {share:.0%}" for name, share in shares.items())))
+    for part in bench_serving.parts(serving):
+        events.tell(part)
     return Result(summary=_summary(points), figures={"points": {point.artifact: point.as_dict() for point in points}})
 
 

@@ -41,6 +41,12 @@ def bench(
                                                     "run's evaluation asks, and keep the result in the run.")] = None,
     key_from: Annotated[str | None, typer.Option(metavar="VARIABLE", show_default=False, help="Of a URL: environment "
                                                  "variable that holds its key. Default: LORA_KIT_API_KEY.")] = None,
+    speculative: Annotated[bool, typer.Option("--speculative", help="Of a run or its artifact: also measure "
+                                              "speculative decoding by prompt lookup, as bench.speculative "
+                                              "does.")] = False,
+    assistant: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False, help="For --speculative: a "
+                                                  "smaller model with the same tokenizer that drafts too: an artifact "
+                                                  "of the run, or as model.base.")] = None,
     debug: DebugOption = False,
 ) -> None:
     """Measure inference speed: of a run's artifacts, of one artifact, or of a server."""
@@ -50,17 +56,26 @@ def bench(
     of_url = {"--model": model, "--concurrency": concurrency, "--depth": depth, "--prompt-tokens": prompt_tokens,
               "--new-tokens": new_tokens, "--requests": requests, "--seconds": seconds, "--goodput": goodput,
               "--prompts-of": prompts_of, "--key-from": key_from}
+    serving = _serving_keys(speculative, assistant)
     if target and target.startswith(("http://", "https://")):
-        if threads or no_deps or again:
-            raise RecipeError(f"bench {target}", "is a server: --threads, --no-deps and --again are not for it",
-                              "leave them out")
+        if threads or no_deps or again or serving:
+            raise RecipeError(f"bench {target}", "is a server: --threads, --no-deps, --again, --speculative and "
+                              "--assistant are not for it", "leave them out")
         _of_server(target, {name: value for name, value in of_url.items() if value is not None})
         return
     given = [name for name, value in of_url.items() if value]
     if given:
         raise RecipeError("bench", f"{given[0]} is for a URL", "name a server, or set the bench section of the recipe")
     if target is None or rundir.is_run(Path(target)):
-        do_stage("bench", Path(target) if target else None, runs, no_deps, again)
+        path = Path(target) if target else None
+        if serving:
+            from lora_kit import pipeline
+
+            path = pipeline.serving(rundir.open_run(path or rundir.newest(runs)), serving).path
+        do_stage("bench", path, runs, no_deps, again)
+        return
+    if serving:
+        _serve(target, runs, serving, threads)
         return
     from lora_kit import bench as bench_module
     from lora_kit import pipeline
@@ -92,3 +107,29 @@ def _of_server(url: str, given: dict[str, Any]) -> None:
         typer.echo(line)
     if run:
         typer.echo(f"written to {bench_url.write(record, run)}")
+
+
+def _serving_keys(speculative: bool, assistant: str | None) -> dict[str, Any]:
+    """Keys of the section bench that the options stand for, with their values."""
+    found: dict[str, Any] = {}
+    if assistant:
+        found["speculative.assistant"] = assistant
+    elif speculative:
+        found["speculative"] = {}
+    return found
+
+
+def _serve(target: str, runs: Path, given: dict[str, Any], threads: int | None) -> None:
+    """Measure what the options ask for of one artifact of a run, and show it; nothing is written."""
+    from lora_kit import bench_serving as measuring
+    from lora_kit import pipeline
+    from lora_kit.errors import RecipeError
+
+    artifact, run = pipeline.artifact_at(target, runs)
+    if run is None:
+        raise RecipeError(f"bench {target}", "lies in no run, whose prompts could be asked",
+                          "name RUN/ARTIFACT, or leave out what asks for prompts")
+    run = pipeline.serving(run, given | ({"threads": threads} if threads else {}), keep=False)
+    only = [key.partition(".")[0] for key in given]
+    for event in measuring.parts(measuring.measure(run.recipe, run, [artifact], only=only)):
+        terminal(event)

@@ -96,7 +96,7 @@ def request_seconds(shape: Shape, rates: Rates, request: Request, *, weight_byte
     )
 
 
-def tokens_per_pass(acceptance: float, drafted: int = DRAFTED) -> float:
+def tokens_per_pass(acceptance: float, drafted: float = DRAFTED) -> float:
     """Expected tokens of a pass of the model when each of ``drafted`` tokens is accepted with this probability.
 
     (1 - a^(n+1)) / (1 - a): Leviathan et al. 2023 (arXiv:2211.17192) equation 1.

@@ -43,7 +43,7 @@ from lora_kit.errors import (
     RecipeError,
 )
 from lora_kit.events import Note, StageFinished, StageSkipped, StageStarted, tell
-from lora_kit.recipe import IDENTITY
+from lora_kit.recipe import IDENTITY, ModelSection
 from lora_kit.recipe_file import RecipeFile, parse_recipe
 from lora_kit.rundir import Run
 from lora_kit.types import Artifact, Result, Verdict
@@ -121,6 +121,9 @@ def check(recipe_file: RecipeFile) -> dict[str, Any]:
     config = read_config(Path(base["artifact"]["path"]))
     for form in recipe_file.recipe.forms:
         quantizers.load(form.method).check(config, form.type)
+    speculative = recipe_file.recipe.bench.speculative
+    if speculative and speculative.assistant and speculative.assistant not in recipe_file.recipe.artifact_names:
+        find_base(ModelSection(base=speculative.assistant), recipe_file.folder)
     return base
 
 
@@ -241,7 +244,7 @@ def compare_with(run: Run, path: Path) -> Run:
         RefusedError: it is not a whole baseline.
     """
     baseline.read(path, str(path))
-    return _with(run, "eval.baseline", json.dumps(str(path.resolve())))
+    return _with(run, {"eval.baseline": json.dumps(str(path.resolve()))})
 
 
 def within(run: Run, budget: str) -> Run:
@@ -250,17 +253,37 @@ def within(run: Run, budget: str) -> Run:
     Raises:
         RecipeError: ``budget`` is no time.
     """
-    return _with(run, "eval.budget", json.dumps(budget))
+    return _with(run, {"eval.budget": json.dumps(budget)})
 
 
-def _with(run: Run, key: str, value: str) -> Run:
-    """The run with one key of its recipe set to ``value``, as YAML."""
-    kept = [text for text in run.recipe_file.overrides if not text.startswith(f"{key}=")]
-    overrides = [*kept, f"{key}={value}"]
+def serving(run: Run, given: dict[str, Any], *, keep: bool = True) -> Run:
+    """The run with keys of ``bench`` in its recipe, as by ``--set bench.speculative.assistant=base``.
+
+    Args:
+        given: key within ``bench`` -> JSON value; {} for a part that is measured as the recipe has it, if it does.
+        keep: whether the run's folder keeps them; False: they are for this call.
+
+    Raises:
+        RecipeError: a value is none of that key's.
+        ModelError: there is no such assistant.
+    """
+    new = {key: value for key, value in given.items()
+           if value != {} or getattr(run.recipe.bench, key) is None}
+    changed = _with(run, {f"bench.{key}": json.dumps(value) for key, value in new.items()}, keep=keep)
+    check(changed.recipe_file)
+    return changed
+
+
+def _with(run: Run, given: dict[str, str], *, keep: bool = True) -> Run:
+    """The run with keys of its recipe set to values, as YAML."""
+    kept = [text for text in run.recipe_file.overrides if text.partition("=")[0] not in given]
+    overrides = [*kept, *(f"{key}={value}" for key, value in given.items())]
     recipe_file = parse_recipe(run.recipe_file.text, run.recipe_file.path, overrides,
                                shown_as=str(run.path / "recipe.yaml"))
     resolved = {**run.resolved, "overrides": overrides,
                 "resolved_recipe": recipe_file.recipe.model_dump(mode="json")}
+    if not keep:
+        return Run(run.path, recipe_file, resolved)
     with run.locked():
         return rundir.update(run, recipe_file, resolved)
 
@@ -276,7 +299,6 @@ def merge_adapter(adapter_dir: Path, base: str, out_dir: Path, dtype: str = "aut
     """
     from lora_kit import merge
     from lora_kit.model import find_base
-    from lora_kit.recipe import ModelSection
 
     found = find_base(ModelSection(base=base), Path.cwd())
     summary, verdicts = merge.merge_adapter(Artifact(**found["artifact"]), base, adapter_dir, out_dir, dtype)
@@ -324,6 +346,8 @@ def _fingerprint(stage: Stage, run: Run) -> str:
         parts["items"] = prepared.items_sha256(run.recipe, run.recipe_file.folder)
     if stage.name in ("bench", "report"):
         parts["machine"] = run.resolved["machine"].get("cpu")
+    if stage.name == "bench" and run.recipe.bench.asks:
+        parts["suite"] = suite.suite_of(run.recipe, run.recipe_file.folder).fingerprint()
     if stage.name == "eval":
         # What only the dry run reads, and where the baseline lies, change no score; what the baseline says does.
         for key in ("discordance", "baseline", "cache"):
@@ -463,7 +487,6 @@ def artifact_at(target: str, runs_dir: Path) -> tuple[Artifact, Run | None]:
 def _adapter_at(path: Path) -> Artifact:
     """An adapter outside of a run, on the base that it names."""
     from lora_kit.model import find_base, weight_bytes
-    from lora_kit.recipe import ModelSection
 
     try:
         reference = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]

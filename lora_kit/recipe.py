@@ -14,31 +14,11 @@ import json
 import re
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 
-
-def _no_bool(value: Any) -> Any:
-    """``true`` where a number is meant is a mistake, not 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number is meant here")
-    return value
-
-
-# Outermost, so that the bounds stay on the number itself and reach the JSON Schema.
-_NumberOnly = BeforeValidator(_no_bool)
-Fraction = Annotated[float, Field(ge=0, lt=1), _NumberOnly]
-Positive = Annotated[float, Field(gt=0), _NumberOnly]
-Count = Annotated[int, Field(ge=1), _NumberOnly]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=False, allow_inf_nan=False, use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-    not_here: ClassVar[dict[str, tuple[str, str]]] = {}
-    """Keys that a user may know from elsewhere -> what is to be said of them, and what to do."""
+from lora_kit.recipe_fields import Count, Fraction, Positive, Section, Sha256
+from lora_kit.recipe_fields import NumberOnly as _NumberOnly
+from lora_kit.recipe_serving import SpeculativeSection
 
 
 def _as_seconds(value: Any) -> Any:
@@ -433,6 +413,12 @@ class BenchSection(Section):
     """Measured repeats after one warm-up; the median is reported."""
     threads: Count | None = None
     """CPU threads. Default: the machine's cores."""
+    speculative: SpeculativeSection | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the prompts of the evaluation are asked here too."""
+        return self.speculative is not None
 
 
 class EvalSection(Section):
@@ -533,6 +519,11 @@ class Recipe(Section):
                 if entry.target is None or form.name not in found:
                     found[form.name] = form
         return list(found.values())
+
+    @property
+    def artifact_names(self) -> list[str]:
+        """Names of all artifacts that come of this recipe."""
+        return ["base", "adapter", "merged", *(form.name for form in self.forms)]
 
     def section_json(self, *names: str) -> dict[str, Any]:
         """The named sections as plain JSON values, for fingerprints and lock files."""

@@ -221,7 +221,7 @@ def _without_effect(recipe: Recipe, values: dict, place: yaml_file.Places) -> li
     if not recipe.quantize:
         for key in recipe.choose.model_fields_set:
             report(("choose", key), "no quantized form is made to choose from", "add one to quantize, or remove it")
-    known = ["base", "adapter", "merged", *(form.name for form in recipe.forms)]
+    known = recipe.artifact_names
     for section in ("bench", "eval"):
         for index, name in enumerate(getattr(recipe, section).artifacts):
             if name not in known:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lora_kit import charts, eval_checks, report_items
+from lora_kit import charts, eval_checks, report_items, report_serving
 from lora_kit.recipe import QuantizeForm
 from lora_kit.report_document import (
     TONES,
@@ -257,6 +257,7 @@ def bench(found: Findings) -> Section:
              "fresh process; load includes importing the engine's libraries.")]
     if whole.get("caution"):
         blocks.append(Paragraph(text=f"Caution: {whole['caution']}.", tone="unsure"))
+    blocks += report_serving.blocks(found)
     return Section(anchor="bench", title="Speed", blocks=blocks)
 
 

@@ -24,9 +24,11 @@ LEVELS = {
     1: "gain frontier "
        "task_source lm_eval_task lm_eval_library multiple_choice "
        "activations footprint devices outlook calibration latency repeats bench_prompts speed_ratio report_latency "
+       "report_serving "
        "ci_files "
        "budget "
        "assertions labels "
+       "recipe_fields recipe_serving "
        "types events recipe recipe_file yaml_file rundir hardware stats memory sources isolate nursery shipped formats "
        "metrics records rows spool prepared selection ledger overlap schedule tool_calls model_files suite items gates "
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
@@ -40,7 +42,8 @@ LEVELS = {
     3: "score_cache greedy delta quantized_base combining extraction "
        "engines quantizers certificate scoring stop_rate baseline",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight "
-       "advice plan_outlook plan_record memory_short bench_compare bench_url",
+       "advice plan_outlook plan_record memory_short bench_compare bench_url bench_serving "
+       "bench_speculative",
     5: "pipeline terminal calibrate cli_options",
     6: "cli cli_plan cli_bench lora_kit",
 }

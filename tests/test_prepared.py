@@ -67,8 +67,9 @@ def test_other_code_makes_other_data(folder, monkeypatch):
     assert find(folder).key != key
 
 
-_NO_TOKENS = {"multiple_choice", "claims", "errors", "events", "prepared", "recipe", "recipe_file", "rundir", "shipped",
-              "sources", "suite", "task_source", "units", "yaml_file", "metrics", "assertions"}
+_NO_TOKENS = {"multiple_choice", "claims", "errors", "events", "prepared", "recipe", "recipe_fields", "recipe_serving",
+              "recipe_file", "rundir", "shipped", "sources", "suite", "task_source", "units", "yaml_file",
+              "metrics", "assertions"}
 """Modules that data.py imports and that decide no token: they name, resolve, report and store."""
 
 

@@ -180,6 +180,11 @@ class HfEngine(Engine):
     batches_likelihoods = True
 
     @property
+    def has_own_loop(self) -> bool:
+        """Whether a single answer is decoded in a quicker way than token by token through the model's forward."""
+        return self._lean_decoder(1) is not None
+
+    @property
     def likelihood_noise(self) -> float:
         import torch
 
