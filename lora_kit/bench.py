@@ -1,23 +1,38 @@
 """Stage bench: how fast each artifact answers, and how much memory it holds while it does.
 
-Each artifact is loaded in a fresh process from the files that a user would load. One
-warm-up at the full shape, then ``bench.repeats`` repeats with prompts of random tokens,
-every one different, so that no prefix cache answers; stop tokens are ignored and the number
-of generated tokens is checked. Then as many prompts are answered one at a time, token by token, for latencies. A matrix
-product timed before and after shows whether the machine was equally fast for all, and the bandwidth of main memory how
-near decoding comes to its limit. What cannot be measured here is a point without figures that says why.
+Each artifact is loaded in a fresh process from the files that a user would load. A warm-up at the full shape until its
+times are stable, then ``bench.repeats`` repeats, or as many as ``bench.seconds`` allow, with prompts of random tokens,
+every one different, so that no prefix cache answers; stop tokens are ignored and the number of generated tokens is
+checked (``bench_sweep.py``). Then some prompts are answered one at a time, token by token, for latencies; and further
+shapes where the recipe names them. A matrix product timed before and after shows whether the machine was equally fast
+for all, and the bandwidth of main memory how near decoding comes to its limit. What cannot be measured here is a point
+without figures that says why.
 Reads the run's artifacts; writes ``bench/<artifact>.json`` and ``bench/bench.json``.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from lora_kit import bench_serving, events, hardware, isolate, latency, units
+from lora_kit import (
+    bench_files,
+    bench_serving,
+    bench_sweep,
+    energy,
+    events,
+    hardware,
+    isolate,
+    latency,
+    repeats,
+    units,
+)
 from lora_kit.errors import InternalError, MachineError
 from lora_kit.recipe import BenchSection, Recipe
 from lora_kit.rundir import Run, write_json
@@ -43,7 +58,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
     for index, artifact in enumerate(artifacts):
         events.tell(events.Progress(stage="bench", done=index, total=len(artifacts), unit="artifact",
                                     fields={"measuring": artifact.name}))
-        point, evidence = _measure(artifact, recipe.bench, recipe.seed)
+        point, evidence = measure(artifact, recipe.bench, recipe.seed)
         evidence["bandwidth_share"] = bandwidth_share(point, bandwidth)
         write_json(work / f"{artifact.name}.json", {"point": point.as_dict(), **evidence})
         measured.append((point, evidence))
@@ -54,6 +69,7 @@ def stage(recipe: Recipe, run: Run) -> Result:
     caution = uneven_machine(speeds)
     if caution:
         events.tell(events.Caution(text=caution))
+    sweeps = {point.artifact: evidence["sweeps"] for point, evidence in measured if evidence["sweeps"]}
     serving = bench_serving.measure(recipe, run, artifacts)
     write_json(work / "bench.json", {
         "serving": serving,
@@ -61,12 +77,19 @@ def stage(recipe: Recipe, run: Run) -> Result:
         "calibration_gflops": speeds,
         "caution": caution,
         "latency": {point.artifact: evidence["latency"] for point, evidence in measured},
+        "half_width": {point.artifact: evidence["half_width"] for point, evidence in measured},
+        "joules_per_token": {point.artifact: evidence["joules_per_token"] for point, evidence in measured},
+        "sweeps": sweeps,
+        "goodput": recipe.bench.goodput,
         "read_bandwidth_bytes_per_second": bandwidth,
         "threads": _threads(recipe.bench),
         "machine": hardware.describe(),
         "versions": versions(),
     })
-    events.tell(as_table(points))
+    for title, columns, rows in shown(measured, recipe.bench):
+        events.tell(events.Table(title=title, columns=columns, rows=rows))
+    for text in remarks(measured, recipe.bench):
+        events.tell(events.Note(text=text))
     shares = {point.artifact: evidence["bandwidth_share"] for point, evidence in measured
               if evidence["bandwidth_share"] is not None}
     if shares:
@@ -83,7 +106,23 @@ def bench_artifact(artifact: Artifact, bench: BenchSection, *, seed: int = 0) ->
 
     Returns a point without figures, and with ``why_not``, when this machine cannot measure it.
     """
-    return _measure(artifact, bench, seed)[0]
+    return measure(artifact, bench, seed)[0]
+
+
+def remarks(measured: Sequence[tuple[BenchPoint, dict[str, Any]]], bench: BenchSection) -> list[str]:
+    """How sure the times are where seconds were given for them, and the energy where the machine counts it."""
+    lines = []
+    wide = {point.artifact: evidence["half_width"] for point, evidence in measured
+            if evidence["half_width"] is not None}
+    if bench.seconds and wide:
+        lines.append(f"half of the 95 % interval of an answer's time ({repeats.NARROW:.0%} is narrow, in at most "
+                     f"{bench.seconds:g} s): " + ", ".join(f"{name} {width:.1%}" for name, width in wide.items()))
+    joules = {point.artifact: evidence["joules_per_token"] for point, evidence in measured
+              if evidence["joules_per_token"] is not None}
+    if joules:
+        lines.append("energy of a generated token, with its share of the prompt and all that ran beside: " + ", ".join(
+            f"{name} {units.number_text(value, 3)} J" for name, value in joules.items()))
+    return lines
 
 
 def bandwidth_share(point: BenchPoint, bandwidth: float) -> float | None:
@@ -99,43 +138,50 @@ def bandwidth_share(point: BenchPoint, bandwidth: float) -> float | None:
 
 def measure_artifact(
     artifact: dict[str, Any], *, prompt_tokens: int, new_tokens: int, batch_size: int, repeats: int, threads: int,
-    seed: int,
+    seed: int, seconds: float | None = None, batch_sizes: Sequence[int] = (), depths: Sequence[int] = (),
+    goodput: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Load ``artifact`` in this process and time it; :func:`bench_artifact` calls this in a process of its own.
 
     Returns:
-        engine, device, load_seconds, ``repeats`` (a list of what the engine's ``time_once`` gave), ``latency`` (what
-        :func:`lora_kit.latency.figures` says of as many prompts, one at a time, and every gap between their tokens),
-        calibration_gflops (before, after), peak_device_bytes (None on a CPU).
+        engine, device, load_seconds, ``repeats`` (a list of what the engine's ``time_once`` gave), ``warm_ups``,
+        ``half_width`` and ``joules`` of them (``bench_sweep.time_shape``), ``latency`` (what
+        :func:`lora_kit.latency.figures` says of as many prompts as ``repeats``, one at a time, and every gap between
+        their tokens), ``sweeps`` (``bench_sweep.sweep``), calibration_gflops (before, after), peak_device_bytes (None
+        on a CPU).
     """
     from lora_kit.engines import open_engine
 
-    before = hardware.measure_matrix_gflops()
+    limits, before = latency.parse_limits(goodput), hardware.measure_matrix_gflops()
     started = time.perf_counter()
     engine = open_engine(Artifact(**artifact), threads=threads)
     load_seconds = time.perf_counter() - started
     try:
-        prompts = random_prompts(engine.tokenizer, engine.num_tokens, num=batch_size * (repeats + 1) + repeats,
-                                 length=prompt_tokens, seed=seed)
+        num_batches = bench_sweep.MOST_WARM_UPS + bench_sweep.most_repeats(
+            repeats, seconds, batch_size=batch_size, prompt_tokens=prompt_tokens)
+        draw = partial(random_prompts, engine.tokenizer, engine.num_tokens)
+        prompts = draw(num=batch_size * num_batches + repeats, length=prompt_tokens, seed=seed)
         alone, prompts = prompts[:repeats], prompts[repeats:]
         batches = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
-        engine.time_once(batches[0], new_tokens)  # warm-up at the full shape
-        timed = [engine.time_once(batch, new_tokens) for batch in batches[1:]]
-        for one in timed:
-            if one["tokens_generated"] != batch_size * new_tokens:
-                raise InternalError(f"engine {engine.name}", f"generated {one['tokens_generated']} tokens where "
-                                    f"{batch_size * new_tokens} were asked for", "run again with --debug and report it")
+        timed = bench_sweep.time_shape(engine, batches, new_tokens, least=repeats, seconds=seconds)
         try:
             traces = [latency.trace(partial(engine.tokens_after, prompt, new_tokens), prompt_tokens=prompt_tokens,
                                     new_tokens=new_tokens) for prompt in alone]
         except ValueError as error:
             raise InternalError(f"engine {engine.name}", str(error), "run again with --debug and report it") from None
+        swept = bench_sweep.sweep(
+            engine, draw, batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+            batch_sizes=batch_sizes, depths=depths, least=repeats, seconds=seconds, limits=limits, seed=seed + 1)
         return {
             "engine": engine.name,
-            "latency": {**latency.figures(traces), "gaps": [gap for each in traces for gap in each.gaps]},
+            "latency": {**latency.figures(traces, limits), "gaps": [gap for each in traces for gap in each.gaps]},
             "device": engine.device,
             "load_seconds": load_seconds,
-            "repeats": timed,
+            "repeats": timed["times"],
+            "warm_ups": timed["warm_ups"],
+            "half_width": timed["half_width"],
+            "joules": timed["joules"],
+            "sweeps": swept,
             "calibration_gflops": [before, hardware.measure_matrix_gflops()],
             "peak_device_bytes": _peak_device_bytes(engine.device),
         }
@@ -186,10 +232,37 @@ def row_of(point: BenchPoint) -> list[str]:
     ]
 
 
-def as_table(points: list[BenchPoint]) -> events.Table:
-    """The points side by side, one artifact a row."""
+def shown(measured: Sequence[tuple[BenchPoint, dict[str, Any]]], bench: BenchSection) -> list[bench_files.Shown]:
+    """Tables as (title, columns, rows): the artifacts side by side, then each sweep."""
+    points = [point for point, _ in measured]
     shape = f"{points[0].batch_size} x {points[0].prompt_tokens} + {points[0].new_tokens} tokens" if points else ""
-    return events.Table(title=f"Speed at {shape}", columns=COLUMNS, rows=[row_of(point) for point in points])
+    sweeps = {point.artifact: evidence["sweeps"] for point, evidence in measured if evidence.get("sweeps")}
+    return [(f"Speed at {shape}", COLUMNS, [row_of(point) for point in points]),
+            *bench_sweep.tables(sweeps, latency.parse_limits(bench.goodput))]
+
+
+def lines(measured: Sequence[tuple[BenchPoint, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Every figure of every artifact, flat: first at the recipe's shape, then at each of a sweep."""
+    found = []
+    for point, evidence in measured:
+        figures = {key: value for key, value in (evidence["latency"] or {}).items() if key != "gaps"}
+        found.append({"sweep": "", "depth": 0, **point.as_dict(), **figures, "half_width": evidence.get("half_width"),
+                      "joules_per_token": evidence.get("joules_per_token")})
+        for name, each in evidence.get("sweeps", {}).items():
+            found += [{"sweep": name, "artifact": point.artifact, "engine": point.engine, "threads": point.threads,
+                       "device": point.device, **one} for one in each]
+    return found
+
+
+def write_files(folder: Path, bench: BenchSection, files: bench_files.Files, echo: Callable[[str], None]) -> None:
+    """What the stage left in ``folder``, as ``files`` wants it."""
+    whole = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    measured = []
+    for fields in whole["points"]:
+        evidence = json.loads((folder / f"{fields['artifact']}.json").read_text(encoding="utf-8"))
+        measured.append((BenchPoint(**evidence.pop("point")), evidence))
+    bench_files.write(files, everything=whole, lines=lines(measured), shown=shown(measured, bench), echo=echo,
+                      notes=[*([whole["caution"]] if whole["caution"] else []), *remarks(measured, bench)])
 
 
 def versions() -> dict[str, str]:
@@ -203,14 +276,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _measure(artifact: Artifact, bench: BenchSection, seed: int) -> tuple[BenchPoint, dict[str, Any]]:
+def measure(artifact: Artifact, bench: BenchSection, seed: int = 0) -> tuple[BenchPoint, dict[str, Any]]:
+    """The point of :func:`bench_artifact`, and what ``bench/<artifact>.json`` has beside it."""
     threads = _threads(bench)
     shape = {"prompt_tokens": bench.prompt_tokens, "new_tokens": bench.new_tokens, "batch_size": bench.batch_size,
              "repeats": bench.repeats, "threads": threads}
+    more = {"seconds": bench.seconds, "batch_sizes": bench.batch_sizes, "depths": bench.depths,
+            "goodput": bench.goodput}
     try:
         answer = isolate.call(
-            "lora_kit.bench:measure_artifact", {"artifact": artifact.as_dict(), "seed": seed, **shape}, threads=threads,
-            fresh=True,  # load time is from nothing to ready
+            "lora_kit.bench:measure_artifact", {"artifact": artifact.as_dict(), "seed": seed, **shape, **more},
+            threads=threads, fresh=True,  # load time is from nothing to ready
         )
     except MachineError as error:
         events.tell(events.Caution(text=f"{artifact.name} was not measured: {error}"))
@@ -218,8 +294,10 @@ def _measure(artifact: Artifact, bench: BenchSection, seed: int) -> tuple[BenchP
             artifact=artifact.name, engine="", load_seconds=None, time_to_first_token_seconds=None,
             prefill_tokens_per_second=None, decode_tokens_per_second=None, peak_memory_bytes=None,
             size_bytes=artifact.size_bytes, device="", why_not=str(error), **shape,
-        ), {"repeats": [], "calibration_gflops": None, "latency": None}
+        ), {"repeats": [], "calibration_gflops": None, "latency": None, "half_width": None, "sweeps": {},
+            "joules_per_token": None}
     value = answer.value
+    shape["repeats"] = len(value["repeats"])
     peak = value["peak_device_bytes"] if value["peak_device_bytes"] is not None else answer.peak_memory_bytes
     point = BenchPoint(
         artifact=artifact.name, engine=value["engine"], load_seconds=value["load_seconds"],
@@ -229,6 +307,12 @@ def _measure(artifact: Artifact, bench: BenchSection, seed: int) -> tuple[BenchP
     return point, {
         "repeats": value["repeats"],
         "latency": value["latency"],
+        "warm_ups": value["warm_ups"],
+        "half_width": value["half_width"],
+        "joules": value["joules"],
+        "joules_per_token": energy.per_token(
+            value["joules"], bench.batch_size * bench.new_tokens * len(value["repeats"])),
+        "sweeps": value["sweeps"],
         "calibration_gflops": statistics.mean(value["calibration_gflops"]),
         "calibration_gflops_before_after": value["calibration_gflops"],
         "peak_process_bytes": answer.peak_memory_bytes,

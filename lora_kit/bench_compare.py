@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_kit import bench, hardware, isolate, rundir
+from lora_kit import bench, hardware, isolate
 from lora_kit.errors import DataError, InternalError
 from lora_kit.speed_ratio import FEWEST_PAIRS, SpeedRatio, fails, of_pairs
 from lora_kit.types import Artifact
@@ -165,15 +165,18 @@ def parts(measured: dict[str, Any], found: dict[str, SpeedRatio]) -> Iterator[An
                f"{speeds[1]:.0f} after; pairs keep that out of the ratio")
 
 
-def write_json(path: Path, measured: dict[str, Any], found: dict[str, SpeedRatio], echo: Callable[[str], None]) -> None:
-    """All times and the ratios as JSON; ``-`` goes to ``echo``."""
-    text = json.dumps({**measured, "ratios": {part: {**asdict(ratio), "verdict": ratio.verdict}
-                                              for part, ratio in found.items()}}, indent=1)
-    if path == Path("-"):
-        echo(text)
-        return
-    with rundir.writing(path):
-        rundir.write_text(path, text + "\n")
+def everything(measured: dict[str, Any], found: dict[str, SpeedRatio]) -> dict[str, Any]:
+    """All times and the ratios."""
+    return {**measured, "ratios": {part: {**asdict(ratio), "verdict": ratio.verdict}
+                                   for part, ratio in found.items()}}
+
+
+def lines(measured: dict[str, Any], found: dict[str, SpeedRatio]) -> list[dict[str, Any]]:
+    """A line for each part: who was compared at which shape, median rates, the ratio with its interval."""
+    shape = {key: measured[key] for key in ("batch_size", "prompt_tokens", "new_tokens", "threads")}
+    return [{"part": part, "a": measured["a"]["name"], "b": measured["b"]["name"], **shape,
+             "a_tokens_per_second": a, "b_tokens_per_second": b, **asdict(ratio), "verdict": ratio.verdict}
+            for part, ratio in found.items() for a, b in [_rates(measured, part)]]
 
 
 def ratios(times_a: Sequence[dict[str, float]], times_b: Sequence[dict[str, float]]) -> dict[str, SpeedRatio]:
@@ -192,14 +195,18 @@ def ratios(times_a: Sequence[dict[str, float]], times_b: Sequence[dict[str, floa
 
 def rows(measured: dict[str, Any], found: dict[str, SpeedRatio]) -> list[tuple[str, ...]]:
     """A row under COLUMNS for each part: median tokens a second of both, and the ratio."""
-    lines = []
+    found_rows = []
     for part, ratio in found.items():
-        tokens = measured["batch_size"] * (measured["prompt_tokens"] if part == "prefill" else
-                                           measured["new_tokens"] - 1)
-        rates = [tokens / statistics.median(each[PARTS[part]] for each in measured[side]["times"]) for side in "ab"]
-        lines.append((f"{part} tokens/s", *(f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates),
-                      f"{ratio.ratio:.3f} times", f"{ratio.low:.3f} to {ratio.high:.3f}", ratio.verdict))
-    return lines
+        found_rows.append((f"{part} tokens/s", *(f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+                                                 for rate in _rates(measured, part)),
+                           f"{ratio.ratio:.3f} times", f"{ratio.low:.3f} to {ratio.high:.3f}", ratio.verdict))
+    return found_rows
+
+
+def _rates(measured: dict[str, Any], part: str) -> list[float]:
+    """Median tokens a second of both sides."""
+    tokens = measured["batch_size"] * (measured["prompt_tokens"] if part == "prefill" else measured["new_tokens"] - 1)
+    return [tokens / statistics.median(each[PARTS[part]] for each in measured[side]["times"]) for side in "ab"]
 
 
 def decided(found: dict[str, SpeedRatio], limit: float) -> tuple[bool | None, str]:

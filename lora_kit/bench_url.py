@@ -263,6 +263,17 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
     return found
 
 
+def lines(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every figure of every load, flat, beside whose it is."""
+    found = []
+    for load in record["loads"]:
+        least, middle, most = load["prompt_tokens"] or (None, None, None)
+        found.append({"url": record["url"], "model": record["model"], "prompts": record["prompts"],
+                      "new_tokens_asked": record["new_tokens"], "limits": record["limits"], **load,
+                      "prompt_tokens_least": least, "prompt_tokens_middle": middle, "prompt_tokens_most": most})
+    return found
+
+
 def title(record: dict[str, Any]) -> str:
     """What was asked of whom."""
     asked = sorted({load["prompt_tokens_asked"] for load in record["loads"]} - {None})

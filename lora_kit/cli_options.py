@@ -36,6 +36,13 @@ InconclusiveOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 
+JsonOption = Annotated[Path | None, typer.Option("--json", show_default=False, help="Write everything as JSON; - is "
+                                                 "the output.")]
+CsvOption = Annotated[Path | None, typer.Option("--csv", show_default=False, help="Write every row as CSV; - is the "
+                                                "output.")]
+MarkdownOption = Annotated[Path | None, typer.Option("--markdown", show_default=False, help="Write the tables as "
+                                                     "Markdown; - is the output.")]
+
 RUNS = Path("runs")
 
 

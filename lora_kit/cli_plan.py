@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_kit.cli_options import RUNS, DebugOption, RunsOption, SetOption, terminal
+from lora_kit.cli_options import (
+    RUNS,
+    CsvOption,
+    DebugOption,
+    JsonOption,
+    MarkdownOption,
+    RunsOption,
+    SetOption,
+    terminal,
+)
 
 
 def plan(
@@ -77,12 +86,12 @@ def bench_compare(
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: the machine's cores.")] = None,
     fail_on: Annotated[str | None, typer.Option(metavar="slower:PERCENT", show_default=False, help="Exit 1 when B is "
                                                 "slower by more, 3 when that cannot be told.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - is the output.")] = None,
+    json_: JsonOption = None, csv: CsvOption = None, markdown: MarkdownOption = None,
     runs: RunsOption = RUNS, debug: DebugOption = False,
 ) -> None:
     """Measure two artifacts in turns, or read two stored results: is B slower?"""
     from lora_kit import bench_compare as comparing
-    from lora_kit import pipeline, speed_ratio
+    from lora_kit import bench_files, pipeline, speed_ratio
     from lora_kit.errors import GateFailed, GateInconclusive, RecipeError
 
     limit = speed_ratio.parse_limit(fail_on) if fail_on else None
@@ -96,10 +105,13 @@ def bench_compare(
             pipeline.artifact_at(a, runs)[0], pipeline.artifact_at(b, runs)[0], prompt_tokens=prompt_tokens,
             new_tokens=new_tokens, batch_size=batch_size, seconds=seconds, threads=threads)
     found = comparing.ratios(measured["a"]["times"], measured["b"]["times"])
-    if json_ is not None:
-        comparing.write_json(json_, measured, found, typer.echo)
-    if json_ != Path("-"):
-        _show_parts(comparing.parts(measured, found))
+    files, parts = bench_files.Files(json=json_, csv=csv, markdown=markdown), list(comparing.parts(measured, found))
+    if not files.take_the_output:
+        _show_parts(parts)
+    bench_files.write(
+        files, everything=comparing.everything(measured, found), lines=comparing.lines(measured, found),
+        shown=[part for part in parts if not isinstance(part, str)],
+        notes=[part for part in parts if isinstance(part, str)], echo=typer.echo)
     if limit is not None:
         failed, why = comparing.decided(found, limit)
         if failed is None:

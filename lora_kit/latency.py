@@ -92,14 +92,14 @@ class Limits:
 
 
 def parse_limits(texts: Sequence[str]) -> Limits | None:
-    """``ttft:500ms``, ``tpot:0.05s`` ... as limits; a bare number is in milliseconds, as in vLLM. None of none.
+    """``ttft:500ms``, ``tpot:0.05s`` and such as limits; a bare number is in milliseconds, as in vLLM. None of none.
 
     Raises:
         RecipeError: one is not of that form, or a name comes twice.
     """
     found: dict[str, float] = {}
     for text in texts:
-        match = re.fullmatch(r"\s*(\w+)\s*[:=]\s*(\d+(?:\.\d+)?)\s*(ms|s)?\s*", text)
+        match = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)(ms|s)?", text)
         if not match or match[1] not in LIMITS or float(match[2]) == 0:
             raise RecipeError(f"goodput {text}", "is no limit", f"write {', '.join(LIMITS)} with a time: ttft:500ms")
         if LIMITS[match[1]] in found:

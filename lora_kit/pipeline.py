@@ -348,6 +348,8 @@ def _fingerprint(stage: Stage, run: Run) -> str:
         parts["machine"] = run.resolved["machine"].get("cpu")
     if stage.name == "bench" and run.recipe.bench.asks:
         parts["suite"] = suite.suite_of(run.recipe, run.recipe_file.folder).fingerprint()
+    if stage.name == "report":  # servers were measured beside the stages
+        parts["servers"] = [sources.file_sha256(path) for path in sorted((run.path / "servers").glob("*.json"))]
     if stage.name == "eval":
         # What only the dry run reads, and where the baseline lies, change no score; what the baseline says does.
         for key in ("discordance", "baseline", "cache"):

@@ -410,7 +410,18 @@ class BenchSection(Section):
     batch_size: Count = 1
     """Prompts at once."""
     repeats: Count = 3
-    """Measured repeats after one warm-up; the median is reported."""
+    """Measured repeats after a warm-up; the median is reported. With `seconds` the fewest."""
+    seconds: Positive | None = None
+    """Go on repeating until half of the 95 % interval is within 2 %, for this many seconds at most: of each artifact,
+    and of each shape of a sweep. Default: `repeats` repeats."""
+    batch_sizes: list[Count] = []
+    """Batch sizes to measure each artifact at as well, a row of a table each."""
+    depths: list[Annotated[int, Field(ge=0), _NumberOnly]] = []
+    """Tokens of context before the prompt to measure each artifact at as well, a row of a table each."""
+    goodput: Annotated[list[Annotated[str, Field(pattern=r"^(ttft|tpot|e2el):\d+(\.\d+)?(ms|s)?$")]],
+                       BeforeValidator(_as_list)] = []
+    """Limits such as `ttft:500ms`, `tpot:50ms`, `e2el:2s` (first token, a token after it, the whole answer): sweeps
+    then say how many requests a second keep all of them."""
     threads: Count | None = None
     """CPU threads. Default: the machine's cores."""
     speculative: SpeculativeSection | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_kit import charts, memory, report_latency
+from lora_kit import charts, memory, report_latency, report_load
 from lora_kit.errors import ModelError
 from lora_kit.recipe import CostSection
 from lora_kit.report_document import Block, Cell, Figure, Paragraph, Section, Table, missing, rate_text, threads_text
@@ -77,6 +77,7 @@ def section(found: Findings) -> Section:
     if curve:
         blocks.append(curve)
     blocks += report_latency.blocks(found)
+    blocks += report_load.blocks(found)
     if found.recipe.cost is None:
         blocks.append(Paragraph(text="The recipe gives no prices (cost.price_per_hour), so costs are left out; "
                                      "break-even needs none, since the price cancels on one machine.", tone="missing"))

@@ -44,6 +44,8 @@ class Findings:
     overlap: list[dict[str, Any]] | None = None
     answered: dict[str, Path] = field(default_factory=dict)
     """Items files of whoever was scored."""
+    servers: list[dict[str, Any]] = field(default_factory=list)
+    """What was measured of servers with this run's prompts (``bench_url.py``)."""
 
     def figures(self, stage: str) -> dict[str, Any]:
         """Figures of a finished stage; empty while it is not done."""
@@ -115,6 +117,7 @@ def read(recipe: Recipe, run: Any) -> Findings:
         scores=_json(run.stage_dir("eval") / "scores.json"),
         answered=scored.subjects_in(run.stage_dir("eval")) if "eval" in seals else {},
         samples=(_json(run.stage_dir("eval") / "samples.json") or {}).get("samples", []),
+        servers=[_json(path) for path in sorted((Path(run.path) / "servers").glob("*.json"))],
     )
 
 
@@ -135,7 +138,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise RefusedError(str(path), "is not JSON", "remove the stage's folder and run it again") from None
+        raise RefusedError(str(path), "is not JSON", "remove it, or the stage's folder, and run it again") from None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ LEVELS = {
     0: "errors units",
     1: "gain frontier "
        "task_source lm_eval_task lm_eval_library multiple_choice "
-       "activations footprint devices outlook calibration latency repeats bench_prompts speed_ratio report_latency "
-       "report_serving "
+       "activations footprint devices outlook calibration latency speed_ratio report_latency "
+       "repeats bench_prompts bench_sweep bench_files energy report_load report_serving "
        "ci_files "
        "budget "
        "assertions labels "

@@ -1,16 +1,19 @@
 """bench.py: exact figures from a fake engine with known timings, and one real process on a tiny model."""
 
+import csv
 import dataclasses
+import io
 import json
 import sys
 import types as python_types
 
 import pytest
 
-from lora_kit import bench, events, isolate
+from lora_kit import bench, bench_files, events, isolate
 from lora_kit.errors import InternalError, MachineError, RecipeError
 from lora_kit.recipe import BenchSection, Recipe
 from lora_kit.types import Artifact, BenchPoint
+from tests import tiny_run
 
 SHAPE = {"prompt_tokens": 16, "new_tokens": 5, "batch_size": 2, "repeats": 3}
 
@@ -61,15 +64,39 @@ def artifact(name="base", **more):
 
 def test_warm_up_is_not_counted_and_every_prompt_is_new(engine):
     value = bench.measure_artifact(artifact().as_dict(), threads=1, seed=3, **SHAPE)
-    assert [one["prefill_seconds"] for one in value["repeats"]] == pytest.approx([0.2, 0.3, 0.4])
+    # Calls that take ever longer are never stable: the warm-up ends after four of them.
+    assert value["warm_ups"] == pytest.approx([0.31, 0.61, 0.91, 1.21])
+    assert [one["prefill_seconds"] for one in value["repeats"]] == pytest.approx([0.5, 0.6, 0.7])
     prompts = [tuple(prompt) for batch in engine.batches for prompt in batch]
-    assert len(engine.batches) == 4 and {len(batch) for batch in engine.batches} == {2}
+    assert len(engine.batches) == 7 and {len(batch) for batch in engine.batches} == {2}
     assert {len(prompt) for prompt in prompts} == {16}
-    assert len({prompt[0] for prompt in prompts + engine.alone}) == 8 + 3  # no prefix cache can have a hit
+    assert len({prompt[0] for prompt in prompts + engine.alone}) == 14 + 3  # no prefix cache can have a hit
     assert value["latency"]["requests"] == 3 and len(value["latency"]["gaps"]) == 3 * 4
     assert not {0, 7} & {token for prompt in prompts for token in prompt}
     assert max(token for prompt in prompts for token in prompt) < FakeEngine.num_tokens
     assert engine.closed
+
+
+def test_sweeps_and_limits_reach_the_measurement(engine):
+    value = bench.measure_artifact(artifact().as_dict(), threads=1, seed=3, **SHAPE, batch_sizes=[1, 3], depths=[8],
+                                   goodput=["e2el:60s"])
+    assert [each["batch_size"] for each in value["sweeps"]["batch_size"]] == [1, 3]
+    (deep,) = value["sweeps"]["depth"]
+    assert (deep["batch_size"], deep["prompt_tokens"]) == (2, 24) and deep["goodput"] == deep["requests_per_second"]
+    assert value["latency"]["goodput"] == pytest.approx(value["latency"]["requests_per_second"])
+    first = value["sweeps"]["batch_size"][0]["first_token_seconds"]
+    assert first == pytest.approx(1.31)  # its 12th to 14th call of all, after 7 and four to get warm: 1.2 to 1.4 s
+
+
+def test_how_sure_it_is_and_the_energy_are_told():
+    point = BenchPoint(artifact="a", engine="e", batch_size=1, prompt_tokens=8, new_tokens=4, repeats=9, load_seconds=1,
+                       time_to_first_token_seconds=1, prefill_tokens_per_second=1, decode_tokens_per_second=40.0,
+                       peak_memory_bytes=1, size_bytes=10**9, threads=1, device="cpu")
+    evidence = {"half_width": 0.034, "joules_per_token": 1.25}
+    assert bench.remarks([(point, evidence)], BenchSection(seconds=30)) == [
+        "half of the 95 % interval of an answer's time (2% is narrow, in at most 30 s): a 3.4%",
+        "energy of a generated token, with its share of the prompt and all that ran beside: a 1.25 J"]
+    assert bench.remarks([(point, {"half_width": 0.034, "joules_per_token": None})], BenchSection()) == []
 
 
 def test_figures_are_medians_by_their_formulas():
@@ -133,6 +160,7 @@ def recipe(**section):
 def answer(calibration):
     return isolate.Isolated(seconds=1.0, peak_memory_bytes=5000, value={
         "engine": "fake", "device": "cpu", "load_seconds": 0.5, "peak_device_bytes": None,
+        "warm_ups": [0.3], "half_width": None, "joules": {"cpu": 2.5, "gpu": None}, "sweeps": {},
         "calibration_gflops": [calibration, calibration], "latency": {"requests": 1, "gaps": [0.1]},
         "repeats": [{"prefill_seconds": 0.1, "first_token_seconds": 0.11, "decode_seconds": 0.2,
                      "tokens_generated": 10}]})
@@ -158,6 +186,11 @@ def test_what_cannot_be_measured_has_no_figures_and_says_why(monkeypatch, tmp_pa
     assert "pip install llama-cpp-python" in saved["point"]["why_not"]
     assert any(isinstance(event, events.Caution) and "gguf-q8_0" in event.text for event in heard)
     whole = json.loads((tmp_path / "bench.json").read_text())
+    files = bench_files.Files(csv=tmp_path / "b.csv", markdown=tmp_path / "b.md", json=tmp_path / "b.json")
+    bench.write_files(tmp_path, recipe().bench, files, pytest.fail)
+    assert json.loads((tmp_path / "b.json").read_text()) == whole and "| base |" in (tmp_path / "b.md").read_text()
+    written = csv.DictReader(io.StringIO((tmp_path / "b.csv").read_text()))
+    assert [line["artifact"] for line in written] == ["base", "gguf-q8_0"]
     assert [point["artifact"] for point in whole["points"]] == ["base", "gguf-q8_0"]  # an adapter only when named
     assert whole["threads"] == 1 and whole["machine"]["cores"] >= 1 and "torch" in whole["versions"]
     assert whole["points"][0]["peak_memory_bytes"] == 5000 and whole["caution"] == ""
@@ -165,6 +198,8 @@ def test_what_cannot_be_measured_has_no_figures_and_says_why(monkeypatch, tmp_pa
     base = json.loads((tmp_path / "base.json").read_text())
     # 8 tokens in 0.2 s, of a batch of 2: 20 steps a second, each reading 1000 bytes.
     assert base["bandwidth_share"] == pytest.approx(20 * 1000 / 4e5) and base["latency"]["gaps"] == [0.1]
+    assert base["joules_per_token"] == pytest.approx(0.25) and base["point"]["repeats"] == 1
+    assert whole["joules_per_token"] == {"base": pytest.approx(0.25), "gguf-q8_0": None} and whole["sweeps"] == {}
     assert saved["latency"] is None and saved["bandwidth_share"] is None
     assert any(isinstance(event, events.Note) and "base 5%" in event.text for event in heard)
 
@@ -192,3 +227,18 @@ def test_a_real_model_in_a_fresh_process(tiny_model):
     assert point.decode_tokens_per_second > 0 and point.prefill_tokens_per_second > 0
     assert 0 < point.time_to_first_token_seconds and 0 < point.load_seconds
     assert point.peak_memory_bytes > 50 * 10**6  # torch alone is more than that
+
+
+def test_an_artifact_of_the_command_line_at_several_shapes(tiny_model, tmp_path):
+    done = tiny_run.lora_kit("bench", tiny_model, "--prompt-tokens", "8", "--new-tokens", "4", "--batch-size", "1,3",
+                             "--depth", "0,16", "--goodput", "e2el:60s", "--threads", "1", "--csv", "-", "--json",
+                             tmp_path / "all.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [(line["sweep"], line["batch_size"], line["depth"], line["prompt_tokens"]) for line in lines] == [
+        ("", "1", "0", "8"), ("batch_size", "1", "0", "8"), ("batch_size", "3", "0", "8"), ("depth", "1", "0", "8"),
+        ("depth", "1", "16", "24")]
+    assert all(float(line["decode_tokens_per_second"]) > 0 and line["new_tokens"] == "4" for line in lines)
+    assert all(line["goodput"] == line["requests_per_second"] for line in lines)
+    everything = json.loads((tmp_path / "all.json").read_text())
+    assert everything["point"]["threads"] == 1 and len(everything["sweeps"]["depth"]) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import pytest
@@ -119,3 +121,8 @@ def test_the_gate_of_the_command_line(tmp_path):
     assert mixed.returncode == 2 and "two stored results or two artifacts" in mixed.stderr
     told = tiny_run.lora_kit("bench", "compare", a, b, "--json", "-", cwd=tmp_path)
     assert json.loads(told.stdout)["ratios"]["decode"]["verdict"] == "slower"
+    tiny_run.lora_kit("bench", "compare", a, b, "--csv", "b.csv", "--markdown", "b.md", cwd=tmp_path)
+    prefill, decode = csv.DictReader(io.StringIO((tmp_path / "b.csv").read_text()))
+    assert (decode["part"], decode["a"], decode["b"], decode["verdict"]) == ("decode", "base", "merged", "slower")
+    assert float(decode["ratio"]) == pytest.approx(0.8) and float(decode["a_tokens_per_second"]) == pytest.approx(1)
+    assert "| decode tokens/s | 1 | 0.8 | 0.800 times |" in (tmp_path / "b.md").read_text()

@@ -230,9 +230,12 @@ def test_the_command_line(tmp_path):
 @pytest.mark.parametrize(("arguments", "told"), [
     (["http://127.0.0.1:1", "--goodput", "ttft:0"], "goodput ttft:0: is no limit; write ttft, tpot, e2el with a time"),
     (["http://127.0.0.1:1", "--concurrency", "1,x"], "--concurrency 1,x: is no list"),
-    (["http://127.0.0.1:1", "--threads", "1"], "--threads, --no-deps and --again are not for it"),
+    (["http://127.0.0.1:1", "--threads", "1"], "--threads is not for a URL; leave out --threads"),
     (["http://127.0.0.1:1", "--prompts-of", "nothing"], "nothing: is not a run folder"),
-    (["some/model", "--concurrency", "2"], "bench: --concurrency is for a URL"),
+    (["http://127.0.0.1:1", "--batch-size", "2"], "--batch-size is not for a URL"),
+    (["some/model", "--concurrency", "2"], "bench some/model: --concurrency is for a URL (http://HOST:PORT/v1)"),
+    (["some/model", "--goodput", "itl:5"], "goodput itl:5: is no limit"),
+    (["some/model", "--depth", "x"], "--depth x: is no list of different numbers from 0 on"),
 ])
 def test_what_does_not_fit_together(tmp_path, arguments, told):
     done = tiny_run.lora_kit("bench", *arguments, cwd=tmp_path)
