@@ -9,7 +9,8 @@ it, each contestant in fresh processes that take turns, the quickest of ``--time
 * peft, fp32: the same arithmetic as most would write it: load in fp32, ``merge_and_unload``, cast, ``save_pretrained``;
 * peft, bf16: load, merge and save in bf16, which rounds the delta before it is added.
 
-Seconds are from the start of the process to the last byte handed to the system. Memory is the largest *anonymous*
+Seconds are from the start of the process to the last byte handed to the system; CPU seconds, those of the process, are
+what to compare on a machine that does other work. Memory is the largest *anonymous*
 memory (``RssAnon`` of /proc/PID/status, read every 20 ms): what the process holds itself; pages of mapped files, which
 the kernel takes back when it needs them, do not count and stand beside it (``VmHWM``). The share of elements that
 differ from lora-kit's is over all tensors. A 4096 x 4096 matrix product beside each round says how quick the machine
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -136,7 +138,7 @@ def run_apart(code: str, *arguments: str | Path, threads: int = 1) -> dict[str, 
     """Seconds and memory of a fresh interpreter that runs ``code``."""
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": str(threads),
                    "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
-    started = time.perf_counter()
+    started, before = time.perf_counter(), _children_seconds()
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], env=environment,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     most = {"RssAnon": 0, "VmHWM": 0}
@@ -153,7 +155,13 @@ def run_apart(code: str, *arguments: str | Path, threads: int = 1) -> dict[str, 
     seconds, told = time.perf_counter() - started, process.communicate()[1]
     if process.returncode:
         raise RuntimeError(f"ended with {process.returncode}: {told.strip().splitlines()[-1:]}")
-    return {"seconds": seconds, "anonymous_bytes": most["RssAnon"], "peak_resident_bytes": most["VmHWM"]}
+    return {"seconds": seconds, "cpu_seconds": _children_seconds() - before,
+            "anonymous_bytes": most["RssAnon"], "peak_resident_bytes": most["VmHWM"]}
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def share_differing(one: Path, other: Path) -> float:
@@ -215,17 +223,18 @@ def main() -> None:
                 if out.name == "theirs":
                     shutil.rmtree(out)
                 kept = rows.setdefault(each, found)
-                kept["seconds"] = min(kept["seconds"], found["seconds"])
+                for key in ("seconds", "cpu_seconds"):
+                    kept[key] = min(kept[key], found[key])
                 for key in ("anonymous_bytes", "peak_resident_bytes"):
                     kept[key] = max(kept[key], found[key])
     figures = {"shape": shape, "num_params": num_params, "threads": arguments.threads, "times": times,
                "matrix_seconds": matrix, "limit_bytes": LIMIT_BYTES[shape], "rows": rows}
     print(f"{num_params / 1e9:.3g} billion parameters, LoRA of rank {_RANK} on all linear layers, "
           f"{arguments.threads} thread(s); a 4096 x 4096 product took {min(matrix):.2f} to {max(matrix):.2f} s")
-    print(f"{'':12} {'seconds':>8} {'anonymous':>12} {'resident':>12}  elements unlike lora-kit's")
+    print(f"{'':12} {'seconds':>8} {'CPU s':>8} {'anonymous':>12} {'resident':>12}  elements unlike lora-kit's")
     for each, row in rows.items():
         differing = f"{row['differing']:.2e}" if "differing" in row else ""
-        print(f"{each:12} {row['seconds']:8.1f} {row['anonymous_bytes'] / 1e6:9,.0f} MB "
+        print(f"{each:12} {row['seconds']:8.1f} {row['cpu_seconds']:8.1f} {row['anonymous_bytes'] / 1e6:9,.0f} MB "
               f"{row['peak_resident_bytes'] / 1e6:9,.0f} MB  {differing}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

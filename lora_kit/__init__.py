@@ -21,7 +21,8 @@ __version__ = "0.1.0"
 _HOME = {
     "read_recipe": "recipe_file", "run_recipe": "pipeline", "continue_run": "pipeline", "open_run": "rundir",
     "open_engine": "engines", "listening": "events", "bench_artifact": "bench", "make_plan": "plan",
-    "combine_adapters": "combining", "extract_lora": "extraction", "merge_adapter": "pipeline",
+    "combine_adapters": "combining", "extract_lora": "extraction", "merge_adapter": "adapter_verbs",
+    "merge_adapters": "adapter_verbs", "extract_adapter": "adapter_verbs",
     "LoraKitError": "errors", "Recipe": "recipe", "Run": "rundir", "Artifact": "types",
 }
 

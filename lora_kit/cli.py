@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
-from lora_kit import cli_bench, cli_plan
+from lora_kit import cli_adapters, cli_bench, cli_plan
 from lora_kit.cli_options import RUNS as _RUNS
 from lora_kit.cli_options import (
     AgainOption,
@@ -218,29 +218,43 @@ def _stage_verb(stage: str, summary: str):
 
 @app.command()
 def merge(
-    target: Annotated[Path | None, typer.Argument(metavar="RUN|ADAPTER", show_default=False, help=(
-        "A run folder (default: the newest), or an adapter in PEFT layout, with --base and --out."))] = None,
+    target: Annotated[list[Path] | None, typer.Argument(metavar="RUN|ADAPTER...", show_default=False, help=(
+        "A run folder (default: the newest), or an adapter in PEFT layout, or several of one base that become one, "
+        "with --base and --out."))] = None,
     base: Annotated[str | None, typer.Option(help="For an ADAPTER: its base, as model.base in a recipe.")] = None,
     out: Annotated[Path | None, typer.Option(help="For an ADAPTER: the folder to write.")] = None,
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"] | None, typer.Option(
         show_default=False, help="For an ADAPTER: type of the merged weights. Default: auto.")] = None,
+    weights: cli_adapters.WeightsOption = None, how: cli_adapters.HowOption = None,
+    density: cli_adapters.DensityOption = None, rank: cli_adapters.RankOption = None,
+    seed: cli_adapters.SeedOption = None,
     runs: RunsOption = _RUNS, no_deps: NoDepsOption = False, again: AgainOption = False, debug: DebugOption = False,
 ) -> None:
     """Merge an adapter into its base and prove that nothing changed."""
     from lora_kit.errors import RecipeError
 
-    if target is None or not (target / "adapter_config.json").exists():
+    several = cli_adapters.several_of(target or [], weights, how, density, rank, seed)
+    first = target[0] if target else None
+    if not several and (first is None or not (first / "adapter_config.json").exists()):
         if base or out or dtype:
             raise RecipeError("merge", "--base, --out and --dtype are for an adapter folder",
                               "name one, or set merge.dtype in the recipe")
-        _do_stage("merge", target, runs, no_deps, again)
+        _do_stage("merge", first, runs, no_deps, again)
         return
     if base is None or out is None:
-        raise RecipeError(str(target), "is an adapter, which needs its base and a folder to write",
-                          f"lora-kit merge {target} --base BASE --out FOLDER")
-    from lora_kit import pipeline
+        named = " ".join(str(folder) for folder in target)
+        what = "are adapters, which need their" if several else "is an adapter, which needs its"
+        raise RecipeError(named, f"{what} base and a folder to write",
+                          f"lora-kit merge {named} --base BASE --out FOLDER")
+    from lora_kit import adapter_verbs
 
-    pipeline.merge_adapter(target, base, out, dtype or "auto")
+    if several:
+        adapter_verbs.merge_adapters(target, base, out, dtype or "auto", **several)
+    else:
+        adapter_verbs.merge_adapter(first, base, out, dtype or "auto")
+
+
+app.command()(cli_adapters.extract)
 
 
 _stage_verb("quantize", "Quantize the merged model of a run and measure what it cost.")

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.rundir import write_json
+from lora_kit.units import number_text
 
 METHODS = {
     "cat": ("cat", "factors side by side, ranks added: exactly the weighted sum of the changes"),
@@ -103,6 +104,22 @@ def combine_adapters(base_dir: Path, adapters: Sequence[Path], weights: Sequence
     write_json(out_dir / "lora_kit_combined.json", {
         "adapters": [str(folder) for folder in adapters], "weights": list(weights), **figures})
     return figures
+
+
+def combine_to_folder(base_dir: str, adapters: list[str], out_dir: str, **options: Any) -> dict[str, Any]:
+    """:func:`combine_adapters` with names in place of paths; to be called in a fresh process."""
+    return combine_adapters(Path(base_dir), [Path(folder) for folder in adapters], out_dir=Path(out_dir), **options)
+
+
+def in_words(told: dict[str, Any], number: int) -> str:
+    """What :func:`combine_adapters` returned, as a sentence; ``number`` adapters were combined."""
+    largest = number_text(told["largest_difference"], 2)
+    if told["exact"]:
+        return (f"{told['method']} of {number} adapters: exactly the weighted sum of their changes (largest difference "
+                f"of a weight in fp32 {largest})")
+    return (f"{told['method']} of {number} adapters, which is not exact: {told['projection']:.1%} of the weighted sum "
+            f"of their changes, with {number_text(told['noise'], 2)} of its size besides (largest difference of a "
+            f"weight {largest})")
 
 
 def _tensors_of(net, name: str) -> dict[str, Any]:

@@ -7,12 +7,20 @@ named as left out. Reads two model folders tensor by tensor; writes an adapter i
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from lora_kit import isolate
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.merging import empty_model
+from lora_kit.model_files import copy_tokenizer
+from lora_kit.rundir import write_json, writing
 from lora_kit.tensor_files import Reader, list_tensors
+from lora_kit.types import Artifact
+from lora_kit.units import number_text
 
 MOST_RANK = 256
 """Largest rank unless another is asked for."""
@@ -80,6 +88,91 @@ def extract_lora(base_dir: Path, tuned_dir: Path, out_dir: Path, *, energy: floa
                target_modules=sorted(ranks), modules_to_save=sorted(set(whole)) or None, task_type="CAUSAL_LM",
                base_model_name_or_path=reference or str(base_dir), inference_mode=True).save_pretrained(out_dir)
     return {"energy": kept / total if total else 1.0, "ranks": ranks, "left_out": left_out, "whole": whole}
+
+
+def extract_certified(base: Artifact, tuned: Artifact, reference: str, out_dir: Path, **options: Any) -> str:
+    """:func:`extract_lora`, with what base and adapter say held against what the tuned model says.
+
+    Args:
+        base, tuned: the two models; ``reference`` is what the adapter calls its base.
+        options: ``energy``, ``most_rank``, ``keep_rest``.
+
+    Returns:
+        A line for people. ``lora_kit_extracted.json`` beside the adapter says the same in figures.
+
+    Raises:
+        RecipeError: ``out_dir`` exists, or an option is out of range.
+        ModelError: the two are not of one shape, or nothing differs.
+    """
+    if out_dir.exists():
+        raise RecipeError(str(out_dir), "exists already", "name a folder that does not")
+    with writing(out_dir):
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as name:
+            made = Path(name) / "adapter"
+            told = isolate.call("lora_kit.extraction:extract_to_folder", {
+                "base_dir": base.path, "tuned_dir": tuned.path, "out_dir": str(made), "reference": reference,
+                **options}).value
+            told |= isolate.call("lora_kit.extraction:certify", {
+                "base_dir": base.path, "tuned": tuned.as_dict(), "adapter_dir": str(made), "scratch_dir": name}).value
+            # The tuned model's: whoever tunes a model whole may have given it a template.
+            copy_tokenizer(Path(tuned.tokenizer or tuned.path), made)
+            write_json(made / "lora_kit_extracted.json", {"base": reference, "tuned": tuned.path, **told})
+            os.replace(made, out_dir)
+    return in_words(told)
+
+
+def extract_to_folder(base_dir: str, tuned_dir: str, out_dir: str, **options: Any) -> dict[str, Any]:
+    """:func:`extract_lora` with names in place of paths; to be called in a fresh process."""
+    return extract_lora(Path(base_dir), Path(tuned_dir), Path(out_dir), **options)
+
+
+def certify(base_dir: str, tuned: dict[str, Any], adapter_dir: str, scratch_dir: str) -> dict[str, Any]:
+    """Base and adapter against the tuned model on plain prose, in fp32; to be called in a fresh process.
+
+    Returns:
+        ``extracted`` and, for scale, ``base_alone``: figures of :func:`lora_kit.certificate.compare`.
+    """
+    from lora_kit import certificate
+    from lora_kit.adapter import load_adapter
+    from lora_kit.chat import load_tokenizer
+    from lora_kit.engines.hf import HfEngine
+    from lora_kit.model import load_base, weight_bytes
+
+    folder = tuned["path"]
+    tokenizer = load_tokenizer(tuned.get("tokenizer") or folder)
+    rows = [{**row, "set": "rows", "trained": [0] * len(row["tokens"])} for row in certificate.prose_rows(tokenizer)]
+    device = certificate.roomy_device(3 * weight_bytes(Path(folder)))
+
+    def engine_of(model) -> HfEngine:
+        return HfEngine(model, tokenizer, stop_ids=set())
+
+    with engine_of(load_base(Path(folder), dtype="fp32", device=device)) as engine:
+        recorded = certificate.record(engine, rows, Path(scratch_dir) / "recording")
+    model = load_adapter(load_base(Path(base_dir), dtype="fp32", device=device), Path(adapter_dir))
+    found = {"extracted": certificate.compare(recorded, engine_of(model))}
+    with model.disable_adapter():
+        return found | {"base_alone": certificate.compare(recorded, engine_of(model))}
+
+
+def in_words(told: dict[str, Any]) -> str:
+    """What :func:`extract_certified` found, as a line."""
+    ranks, whole, left_out = sorted(told["ranks"].values()), told["whole"], told["left_out"]
+    parts = []
+    if ranks:
+        spread = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+        energy = math.floor(1e4 * told["energy"]) / 100  # 100 % only where nothing is missing
+        parts.append(f"rank {spread} on {len(ranks)} matrices, {energy:.2f}% of the energy of their change")
+    parts += [f"saved whole: {_first(whole)}"] if whole else []
+    parts.append(f"left out, though changed: {_first(left_out)}" if left_out else "nothing that changed is left out")
+    near, base = told["extracted"], told["base_alone"]
+    parts.append(f"KL {number_text(near['mean_kl'], 2)} from the tuned model on plain prose (the base's "
+                 f"{number_text(base['mean_kl'], 2)}), {near['top1_agreement']:.1%} the same first choice")
+    return "; ".join(parts)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _largest(change, energy: float, most_rank: int):

@@ -27,16 +27,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_kit import certificate, delta, isolate
+from lora_kit import certificate, combining, delta, isolate
 from lora_kit.adapter import load_adapter
 from lora_kit.adapter_check import check_adapter, read_adapter_config
 from lora_kit.chat import load_tokenizer, stop_token_ids
 from lora_kit.engines import configured_stop_ids, open_engine
 from lora_kit.errors import ModelError, RecipeError
-from lora_kit.events import Note, tell
+from lora_kit.events import Caution, Note, tell
 from lora_kit.merging import Plan, Values, write_merged
 from lora_kit.model import load_base, read_config, torch_dtype, weight_bytes
-from lora_kit.model_files import copy_config, copy_tokenizer
+from lora_kit.model_files import TOKENIZER_FILES, copy_config, copy_tokenizer
 from lora_kit.quantized_base import choose_base
 from lora_kit.recipe import Recipe
 from lora_kit.rundir import Run, write_json, writing
@@ -139,6 +139,48 @@ def merge_adapter(base: Artifact, reference: str, adapter_dir: Path, out_dir: Pa
             write_json(work / "model" / "lora_kit_certificate.json", written)
             os.replace(work / "model", out_dir)
     return _summary(written, verdicts), verdicts
+
+
+def merge_adapters(base: Artifact, reference: str, adapters: list[Path], out_dir: Path, dtype: str, *,
+                   weights: list[float] | None = None, **options: Any) -> tuple[list[str], list[Verdict]]:
+    """Make one adapter of several (see :mod:`lora_kit.combining`), merge it, and certify both steps.
+
+    Args:
+        weights: one for each adapter; equal shares of one when None.
+        options: ``method``, ``density``, ``rank``, ``seed`` of :func:`lora_kit.combining.combine_adapters`.
+
+    Returns:
+        A line for people on each step, and the merge's verdicts. The adapter stands in ``adapter`` of ``out_dir``.
+
+    Raises:
+        RecipeError: ``out_dir`` exists, or the options do not fit.
+        ModelError: an adapter is not of this base, or they cannot be combined so.
+    """
+    if out_dir.exists():
+        raise RecipeError(str(out_dir), "exists already", "name a folder that does not")
+    for folder in adapters:
+        check_same_base(reference, Path(base.path), folder)
+    with writing(out_dir):
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as name:
+            combined, shares = Path(name) / "adapter", weights or [1 / len(adapters)] * len(adapters)
+            told = isolate.call("lora_kit.combining:combine_to_folder", {
+                "base_dir": base.path, "adapters": [str(folder) for folder in adapters], "weights": shares,
+                "out_dir": str(combined), **options}).value
+            if copy_tokenizer(adapters[0], combined):
+                odd = [str(folder) for folder in adapters[1:] if not _same_tokenizer(folder, combined)]
+                if odd:
+                    tell(Caution(text=f"tokenizer and chat template are those of {adapters[0]}: others than those of "
+                                      + ", ".join(odd)))
+            line, verdicts = merge_adapter(base, reference, combined, out_dir, dtype)
+            os.replace(combined, out_dir / "adapter")
+    return [combining.in_words(told, len(adapters)), line], verdicts
+
+
+def _same_tokenizer(folder: Path, other: Path) -> bool:
+    """Whether every file of a tokenizer that both folders have is the same in both."""
+    return all((folder / name).read_bytes() == (other / name).read_bytes() for name in TOKENIZER_FILES
+               if (folder / name).exists() and (other / name).exists())
 
 
 def check_same_base(reference: str, base_dir: Path, adapter_dir: Path) -> None:

@@ -224,7 +224,7 @@ def continue_run(run: Run, *, until: str = "report", no_deps: bool = False, redo
             else:
                 _execute(stage, run, reason or "asked for")
             verdicts += [Verdict(**fields) for fields in (run.seal(stage.name) or {}).get("verdicts", ())]
-    _raise_for(verdicts, inconclusive)
+    raise_for(verdicts, inconclusive)
     return run
 
 
@@ -286,25 +286,6 @@ def _with(run: Run, given: dict[str, str], *, keep: bool = True) -> Run:
         return Run(run.path, recipe_file, resolved)
     with run.locked():
         return rundir.update(run, recipe_file, resolved)
-
-
-def merge_adapter(adapter_dir: Path, base: str, out_dir: Path, dtype: str = "auto") -> str:
-    """Merge any adapter in PEFT layout into ``base``, outside of a run; a line that says what came of it.
-
-    Args:
-        base: as ``model.base`` in a recipe; a path is relative to the working folder.
-
-    Raises:
-        GateFailed: the certificate failed; the model is there to look at.
-    """
-    from lora_kit import merge
-    from lora_kit.model import find_base
-
-    found = find_base(ModelSection(base=base), Path.cwd())
-    summary, verdicts = merge.merge_adapter(Artifact(**found["artifact"]), base, adapter_dir, out_dir, dtype)
-    tell(Note(text=f"{out_dir}: {summary}"))
-    _raise_for(verdicts)
-    return summary
 
 
 def write_baseline(run: Run, path: Path) -> str:
@@ -440,7 +421,8 @@ def _content(stage: Stage, result: Result, work: Path) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _raise_for(verdicts: list[Verdict], inconclusive: str | None = None) -> None:
+def raise_for(verdicts: list[Verdict], inconclusive: str | None = None) -> None:
+    """Raise what the first verdict that did not pass stands for, FAIL before INCONCLUSIVE."""
     undecided = {"pass": [], "fail": [("INCONCLUSIVE", GateFailed)], None: [("INCONCLUSIVE", GateInconclusive)]}
     for outcome, kind in [("FAIL", GateFailed), *undecided[inconclusive]]:
         found = [verdict for verdict in verdicts if verdict.outcome == outcome]

@@ -44,8 +44,8 @@ LEVELS = {
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight "
        "advice plan_outlook plan_record memory_short bench_compare bench_url bench_serving "
        "bench_speculative",
-    5: "pipeline terminal calibrate cli_options",
-    6: "cli cli_plan cli_bench lora_kit",
+    5: "pipeline adapter_verbs terminal calibrate cli_options",
+    6: "cli cli_plan cli_bench cli_adapters lora_kit",
 }
 """Level -> its modules and folders; ``lora_kit`` is ``__init__.py``, the Python API."""
 

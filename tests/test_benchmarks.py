@@ -96,7 +96,8 @@ def test_merge(tmp_path):
     rows = figures["rows"]
     assert figures["num_params"] == 5_900_544 and list(rows) == ["lora-kit", "peft, fp32", "peft, bf16"]
     assert rows["peft, fp32"]["differing"] < 1e-4 and "differing" in rows["peft, bf16"]
-    assert all(row["seconds"] > 0 and row["anonymous_bytes"] > 5e7 for row in rows.values())
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0.5 for row in rows.values())
+    assert all(row["anonymous_bytes"] > 5e7 for row in rows.values())
     assert "elements unlike lora-kit's" in printed
 
 

@@ -26,10 +26,11 @@ import lora_kit
 from lora_kit import cli, engines, rundir
 from lora_kit.chat import prompt_ids
 from lora_kit.recipe_file import read_recipe
-from tests import tiny_run
+from tests import fake_run, tiny_run
 from tests.tiny_run import World
 
-VERBS = ["init", "plan", "data", "train", "merge", "quantize", "bench", "eval", "report", "run", "chat", "doctor"]
+VERBS = ["init", "plan", "data", "train", "merge", "extract", "quantize", "bench", "eval", "report", "run", "chat",
+         "doctor"]
 SMALL = {"bench": {**tiny_run.SECTIONS["bench"], "artifacts": ["merged"]},
          "eval": {**tiny_run.SECTIONS["eval"], "artifacts": ["base", "merged"]}}
 """Sections with which a run starts few processes."""
@@ -102,7 +103,7 @@ def test_version(world):
 
 @pytest.mark.parametrize(("arguments", "what"), [
     (["lern"], "No such command 'lern'"), (["run", "--fast", "x"], "No such option: --fast"),
-    (["run"], "Missing argument 'RECIPE'"), (["merge", "a", "b"], "unexpected extra argument"),
+    (["run"], "Missing argument 'RECIPE'"), (["quantize", "a", "b"], "unexpected extra argument"),
 ])
 def test_a_command_line_that_is_none(world, no_torch, arguments, what):
     line = refused(world, *arguments, code=2, PYTHONPATH=no_torch)
@@ -343,6 +344,28 @@ def test_merge_of_an_adapter_outside_of_a_run(world):
         "merged: exists already")
     assert refused(world, "merge", adapter, code=2).endswith(f"lora-kit merge {adapter} --base BASE --out FOLDER")
     assert "are for an adapter folder" in refused(world, "merge", "--base", base, code=2)
+
+
+def test_merge_of_several_adapters_and_a_lora_out_of_what_came_of_it(world):
+    own, base = world.run / "train" / "adapter", world.folder / "model"
+    other = fake_run.save_adapter(base, world.folder / "other", size=0.1)
+    lines = ok(world, "merge", own, other, "--base", base, "--out", "both", "--weights", "0.7,0.3", "--dtype", "fp32")
+    assert "both/adapter: cat of 2 adapters: exactly the weighted sum of their changes" in lines[-2]
+    assert re.search(r"both: \d+ kB in fp32, KL \S+ from base \+ adapter", lines[-1])
+    told = json.loads((world.folder / "both" / "adapter" / "lora_kit_combined.json").read_text())
+    assert told["exact"] and told["weights"] == [0.7, 0.3]
+    assert refused(world, "merge", own, other, code=2).endswith(f"merge {own} {other} --base BASE --out FOLDER")
+
+    lines = ok(world, "extract", "both", "--base", base, "--out", "taken", "--energy", "0.9999")
+    assert re.search(r"taken: rank \d+( to \d+)? on 14 matrices, 99\.99% of .*; nothing that changed is left out; "
+                     r"KL \S+ from the tuned model on plain prose \(the base's \S+\), \d+\.\d% the same first",
+                     lines[-1])
+    found = json.loads((world.folder / "taken" / "lora_kit_extracted.json").read_text())
+    assert found["extracted"]["mean_kl"] < 0.05 * found["base_alone"]["mean_kl"]
+    assert (world.folder / "taken" / "tokenizer.json").exists()
+    assert "taken: exists already" in refused(world, "extract", "both", "--base", base, "--out", "taken", code=2)
+    assert "is the same as its base" in refused(world, "extract", base, "--base", base, "--out", "none", code=5)
+    assert not (world.folder / "none").exists()
 
 
 def test_bench_of_an_artifact(world):

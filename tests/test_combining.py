@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lora_kit.adapter_check import check_adapter
-from lora_kit.combining import METHODS, combine_adapters
+from lora_kit.combining import METHODS, combine_adapters, in_words
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.merging import Values
 from tests import fake_run, tiny
@@ -71,3 +71,12 @@ def test_what_cannot_be_combined(made, tmp_path):
     with pytest.raises(ModelError, match="peft cannot .*use method cat"):
         combine_adapters(base, [adapters[0], thin], [1, 1], tmp_path / "out", method="linear")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_came_of_it_in_words():
+    told = {"method": "ties", "exact": False, "projection": 0.7123, "noise": 0.6234, "largest_difference": 0.0123}
+    assert in_words(told, 3) == (
+        "ties of 3 adapters, which is not exact: 71.2% of the weighted sum of their changes, with 0.62 of its size "
+        "besides (largest difference of a weight 0.012)")
+    exact = in_words({**told, "method": "cat", "exact": True}, 2)
+    assert exact.startswith("cat of 2 adapters: exactly the weighted sum")

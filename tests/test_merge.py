@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from lora_kit import certificate, merge
+from lora_kit import certificate, events, merge
 from lora_kit.errors import ModelError, RecipeError
 from tests import fake_run, tiny
 
@@ -54,7 +54,7 @@ def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
 
-def expected_weights(base, adapter):
+def expected_weights(base, adapter, dtype="bfloat16"):
     """W + alpha/r B A in float64, by hand."""
     import torch
 
@@ -68,7 +68,7 @@ def expected_weights(base, adapter):
         if f"{place}.lora_A.weight" in factors:
             a, b = (factors[f"{place}.lora_{part}.weight"].double() for part in "AB")
             found[name] = found[name] + config["lora_alpha"] / config["r"] * (b @ a)
-    return {name: tensor.to(torch.bfloat16) for name, tensor in found.items()}
+    return {name: tensor.to(getattr(torch, dtype)) for name, tensor in found.items()}
 
 
 def test_merged_weights_are_the_sum_cast_once(base, adapter, merged):
@@ -296,6 +296,33 @@ def test_any_adapter_merges_outside_of_a_run(base, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     with pytest.raises(RecipeError, match="exists already"):
         merge.merge_adapter(artifact, str(base), adapter, tmp_path / "out", "auto")
+
+
+def test_several_adapters_merge_as_one_and_both_steps_are_said(base, tmp_path):
+    from lora_kit.types import Artifact
+
+    one, other = (fake_run.save_adapter(base, tmp_path / str(seed), size=0.1, seed=seed) for seed in (1, 2))
+    for folder, text in ((one, "its own"), (other, "another")):
+        shutil.copy(base / "tokenizer.json", folder)
+        shutil.copy(base / "tokenizer_config.json", folder)
+        (folder / "chat_template.jinja").write_text((base / "chat_template.jinja").read_text() + f"{{# {text} #}}")
+    artifact, told = Artifact(name="base", path=str(base), kind="hf", tokenizer=str(base)), []
+    with events.listening(told.append):
+        lines, verdicts = merge.merge_adapters(artifact, str(base), [one, other], tmp_path / "out", "fp32",
+                                               weights=[0.75, -0.25], method="cat")
+    assert [verdict.outcome for verdict in verdicts] == ["PASS"] * 4
+    assert lines[0].startswith("cat of 2 adapters: exactly the weighted sum") and "in fp32, KL" in lines[1]
+    assert [event.text for event in told if isinstance(event, events.Caution)] == [
+        f"tokenizer and chat template are those of {one}: others than those of {other}"]
+    assert "its own" in (tmp_path / "out" / "chat_template.jinja").read_text()
+    before, found = weights_of(base), weights_of(tmp_path / "out")
+    ones, others = (expected_weights(base, folder, dtype="float64") for folder in (one, other))
+    for name, weight in found.items():
+        plain = before[name].double()
+        right = plain + 0.75 * (ones[name] - plain) - 0.25 * (others[name] - plain)
+        assert (weight - right).abs().max() < 1e-5, name
+    with pytest.raises(RecipeError, match="exists already"):
+        merge.merge_adapters(artifact, str(base), [one, other], tmp_path / "out", "auto")
 
 
 @pytest.mark.parametrize(("named", "ours", "same"), [

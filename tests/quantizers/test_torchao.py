@@ -6,11 +6,10 @@ import sys
 
 import pytest
 
-from lora_kit import certificate, delta, isolate, quantizers
-from lora_kit.adapter_check import check_adapter
-from lora_kit.errors import ModelError, RecipeError
-from lora_kit.types import Artifact
-from tests import apart, fake_run, tiny, tiny_run
+from lora_kit import quantizers
+from lora_kit.errors import RecipeError
+from tests import apart, tiny_run
+from tests.quantizers import made_forms
 
 quantizer = quantizers.load("torchao")
 needs_it = pytest.mark.skipif(quantizer.missing() is not None, reason=f"needs {quantizer.missing()}")
@@ -27,61 +26,21 @@ def processes_see_it():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(base, adapter, merged, quantized)."""
-    from lora_kit import merge
-
-    path = tmp_path_factory.mktemp("torchao")
-    base, _ = tiny.save_model(path / "base", dtype="bfloat16", hidden=256, initializer_range=0.1)
-    adapter = fake_run.save_adapter(base, path / "adapter", size=0.1)
-    for name in ("merged", "quantized"):
-        (path / name).mkdir()
-    merge.merge_to_folder(str(base), str(adapter), str(base), str(path / "merged"), "bf16")
-    rows = [[3 + (7 * row + place) % 250 for place in range(150)] for row in range(6)]
-    isolate.call("lora_kit.quantize:quantize_to_folder", {
-        "method": "torchao", "type": "int8", "merged_dir": str(path / "merged"), "out_dir": str(path / "quantized"),
-        "data_dir": str(fake_run.save_token_rows(path / "data", rows))})
-    return base, adapter, path / "merged", path / "quantized"
+    return made_forms.make(tmp_path_factory.mktemp("torchao"), "torchao", "int8")
 
 
 @needs_it
 def test_it_is_close_to_what_went_in_and_smaller(made, tmp_path):
-    base, adapter, merged, quantized = made
-    rows = [{"tokens": list(range(3, 120)), "trained": [1] * 117, "origin": "r", "set": "rows"}]
-    reference = certificate.record_reference(
-        artifact=Artifact(name="merged", path=str(merged), kind="hf", size_bytes=1).as_dict(), rows=rows,
-        path=str(tmp_path / "recording"))
-    found = isolate.call("lora_kit.certificate:measure", {
-        "reference": reference,
-        "candidate": Artifact(name="q", path=str(quantized), kind="hf").as_dict()}).value
-    assert 1e-5 < found["mean_kl"] < 0.05 and "torchao" in found["engine"]
-    size, before = ((folder / "model.safetensors").stat().st_size for folder in (quantized, merged))
-    assert 8 / 16 < size / before < 12 / 16
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
-        assert (quantized / name).read_bytes() == (merged / name).read_bytes()
-    assert not list(quantized.glob(".*"))
+    made_forms.check_close_and_smaller(made, tmp_path / "recording", most_kl=0.05, engine="torchao", bits=(8, 12))
 
 
 @needs_it
 def test_its_weights_hold_the_adapters_change(made):
-    from lora_kit.engines.hf import load
-
-    base, adapter, _, quantized = made
-    with load(Artifact(name="q", path=str(quantized), kind="hf")) as engine:
-        kept = delta.measure(check_adapter(base, adapter), delta.of_model(engine.model))
-    assert kept["missing"] == [] and kept["projection"] == pytest.approx(1, abs=0.02)
-    assert 0.005 < kept["noise"] < 0.2
+    made_forms.check_change(made, within=0.02, noise=(0.005, 0.2))
 
 
-def test_what_cannot_become_it():
-    with pytest.raises(RecipeError, match="'int3' is not a type of torchao"):
-        quantizer.check({}, "int3")
-    with pytest.raises(ModelError, match="quantized already"):
-        quantizer.check({"quantization_config": {"quant_method": "gptq"}}, "int8")
-
-
-def test_a_missing_package_names_its_install_line(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert quantizer.missing() == 'pip install "lora-kit[torchao]"'
+def test_what_cannot_become_it(monkeypatch):
+    made_forms.check_refusals(quantizer, "int8", monkeypatch, 'pip install "lora-kit[torchao]"')
 
 
 def test_four_bits_are_refused_by_name():
