@@ -42,7 +42,8 @@ UNEVEN = 1.3
 """Ratio of the fastest to the slowest calibration from which the machine counts as not equally fast."""
 COLUMNS = ("artifact", "engine", "size", "peak memory", "load", "first token", "prefill tok/s", "decode tok/s")
 """Titles of what :func:`row_of` gives. Load is from nothing to ready: importing the engine's libraries included."""
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "llama-cpp-python", "numpy")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "llama-cpp-python", "openvino-genai",
+             "numpy")
 
 
 def stage(recipe: Recipe, run: Run) -> Result:
@@ -139,7 +140,7 @@ def bandwidth_share(point: BenchPoint, bandwidth: float) -> float | None:
 def measure_artifact(
     artifact: dict[str, Any], *, prompt_tokens: int, new_tokens: int, batch_size: int, repeats: int, threads: int,
     seed: int, seconds: float | None = None, batch_sizes: Sequence[int] = (), depths: Sequence[int] = (),
-    goodput: Sequence[str] = (),
+    goodput: Sequence[str] = (), prefer: str | None = None,
 ) -> dict[str, Any]:
     """Load ``artifact`` in this process and time it; :func:`bench_artifact` calls this in a process of its own.
 
@@ -154,7 +155,7 @@ def measure_artifact(
 
     limits, before = latency.parse_limits(goodput), hardware.measure_matrix_gflops()
     started = time.perf_counter()
-    engine = open_engine(Artifact(**artifact), threads=threads)
+    engine = open_engine(Artifact(**artifact), threads=threads, **({"prefer": prefer} if prefer else {}))
     load_seconds = time.perf_counter() - started
     try:
         num_batches = bench_sweep.MOST_WARM_UPS + bench_sweep.most_repeats(
@@ -282,7 +283,7 @@ def measure(artifact: Artifact, bench: BenchSection, seed: int = 0) -> tuple[Ben
     shape = {"prompt_tokens": bench.prompt_tokens, "new_tokens": bench.new_tokens, "batch_size": bench.batch_size,
              "repeats": bench.repeats, "threads": threads}
     more = {"seconds": bench.seconds, "batch_sizes": bench.batch_sizes, "depths": bench.depths,
-            "goodput": bench.goodput}
+            "goodput": bench.goodput, **({"prefer": bench.engine} if artifact.kind == "gguf" else {})}
     try:
         answer = isolate.call(
             "lora_kit.bench:measure_artifact", {"artifact": artifact.as_dict(), "seed": seed, **shape, **more},

@@ -1,4 +1,5 @@
-"""What a served model meets beside plain answers, measured with the recipe's own prompts: speculative decoding.
+"""What a served model meets beside plain answers, measured with the recipe's own prompts: speculative decoding,
+retrieval, and adapters that share a base.
 
 Each part runs in a fresh process, on the run's merged model (else the first one in Hugging Face layout), or on the
 artifact that a user names. Its prompts are those of the recipe's evaluation.
@@ -9,24 +10,41 @@ Reads the run's data, its suite and its artifacts; writes nothing (``bench.py`` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from lora_kit import events, hardware, isolate, items, rows, suite
+from lora_kit import bench_retrieval, events, hardware, isolate, items, rows, suite
 from lora_kit.errors import DataError, MachineError, RecipeError
 from lora_kit.formats import UnusableRow
-from lora_kit.recipe import BenchSection, Recipe, Section
-from lora_kit.recipe_serving import SpeculativeSection
+from lora_kit.recipe import BenchSection, ModelSection, Recipe
+from lora_kit.recipe_serving import RetrievalSection, SpeculativeSection
 from lora_kit.report_serving import PARTS
 from lora_kit.rundir import Run
+from lora_kit.speed_ratio import FEWEST_PAIRS
 from lora_kit.types import Artifact
 
 KINDS = ("hf", "adapter")
 """Kinds of artifact that transformers runs as they are."""
 
 
-def wanted(bench: BenchSection) -> dict[str, Section]:
-    """The parts that the recipe asks for, by name."""
-    return {name: part for name in ("speculative",) if (part := getattr(bench, name)) is not None}
+def wanted(bench: BenchSection) -> dict[str, Any]:
+    """The parts that the recipe asks for, by name, with their sections."""
+    return {name: part for name in PARTS if (part := getattr(bench, name))}
+
+
+def check(recipe: Recipe, relative_to: Path) -> None:
+    """Find what is missing before anything is measured, or trained.
+
+    Raises:
+        ModelError, DataError: there is no such assistant, or no such corpus.
+    """
+    speculative, retrieval = recipe.bench.speculative, recipe.bench.retrieval
+    if speculative and speculative.assistant and speculative.assistant not in recipe.artifact_names:
+        from lora_kit.model import find_base
+
+        find_base(ModelSection(base=speculative.assistant), relative_to)
+    if retrieval and not retrieval.corpus.startswith("python:"):
+        bench_retrieval.corpus_texts(retrieval.corpus, relative_to)
 
 
 def measure(recipe: Recipe, run: Run, artifacts: Sequence[Artifact], *, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -44,31 +62,54 @@ def measure(recipe: Recipe, run: Run, artifacts: Sequence[Artifact], *, only: Se
     for name, part in wanted(recipe.bench).items():
         if only and name not in only:
             continue
-        able = [artifact for artifact in artifacts if artifact.kind in KINDS]
-        chosen = next((artifact for artifact in able if artifact.name == "merged"), able[0] if able else None)
-        if chosen is None:
-            raise RecipeError(f"bench.{name}", "no benched artifact is one that transformers runs",
-                              "add merged to bench.artifacts")
-        events.tell(events.Note(text=f"bench: measuring {PARTS[name].name} of {chosen.name}"))
+        events.tell(events.Note(text=f"bench: measuring {PARTS[name].name}"))
         try:
-            found[name] = _MEASURES[name](recipe, run, chosen, part, threads)
+            found[name] = _MEASURES[name](recipe, run, artifacts, part, threads)
         except MachineError as error:
             events.tell(events.Caution(text=f"{PARTS[name].name} was not measured: {error}"))
-            found[name] = {"artifact": chosen.name, "why_not": str(error)}
+            found[name] = {"why_not": str(error)}
     return found
 
 
-def speculative(recipe: Recipe, run: Run, artifact: Artifact, part: SpeculativeSection, threads: int) -> dict[str, Any]:
-    """What ``bench_speculative.measure`` says of ``artifact``."""
+def _speculative(recipe: Recipe, run: Run, artifacts: Sequence[Artifact], part: SpeculativeSection, threads: int
+                 ) -> dict[str, Any]:
+    artifact = _served(artifacts, "speculative")
     assistant = _assistant(run, part.assistant) if part.assistant else None
-    answer = isolate.call("lora_kit.bench_speculative:measure", {
+    return isolate.call("lora_kit.bench_speculative:measure", {
         "artifact": artifact.as_dict(), "asked": prompts_of(recipe, run, part.prompts),
         "tools_mode": recipe.data.tools, "assistant": assistant.as_dict() if assistant else None,
-        "drafted": part.drafted, "new_tokens": part.new_tokens, "threads": threads}, threads=threads)
-    return answer.value
+        "drafted": part.drafted, "new_tokens": part.new_tokens, "threads": threads}, threads=threads).value
 
 
-_MEASURES = {"speculative": speculative}
+def _retrieval(recipe: Recipe, run: Run, artifacts: Sequence[Artifact], part: RetrievalSection, threads: int
+               ) -> dict[str, Any]:
+    artifact = _served(artifacts, "retrieval")
+    return isolate.call("lora_kit.bench_retrieval:measure", {
+        "artifact": artifact.as_dict(), "asked": prompts_of(recipe, run, part.questions),
+        "tools_mode": recipe.data.tools, "texts": bench_retrieval.corpus_texts(part.corpus, run.recipe_file.folder),
+        "corpus": part.corpus, "passages": part.passages, "passage_tokens": part.passage_tokens, "most": part.most,
+        "embed": part.embed, "seed": recipe.seed, "threads": threads}, threads=threads).value
+
+
+def _adapters(recipe: Recipe, run: Run, artifacts: Sequence[Artifact], counts: Sequence[int], threads: int
+              ) -> dict[str, Any]:
+    adapter, merged = (run.artifact(name).as_dict() for name in ("adapter", "merged"))
+    return isolate.call("lora_kit.bench_adapters:measure", {
+        "adapter": adapter, "merged": merged, "asked": prompts_of(recipe, run, FEWEST_PAIRS),
+        "tools_mode": recipe.data.tools, "counts": list(counts), "new_tokens": recipe.bench.new_tokens,
+        "threads": threads}, threads=threads).value
+
+
+def _served(artifacts: Sequence[Artifact], part: str) -> Artifact:
+    """The artifact that answers: the merged model, else the first that transformers runs."""
+    able = [artifact for artifact in artifacts if artifact.kind in KINDS]
+    if not able:
+        raise RecipeError(f"bench.{part}", "no benched artifact is one that transformers runs",
+                          "add merged to bench.artifacts")
+    return next((artifact for artifact in able if artifact.name == "merged"), able[0])
+
+
+_MEASURES = {"adapters": _adapters, "speculative": _speculative, "retrieval": _retrieval}
 
 
 def prompts_of(recipe: Recipe, run: Run, number: int) -> list[dict[str, Any]]:
@@ -109,7 +150,6 @@ def _questions(held_out: Sequence[Any]) -> Iterator[dict[str, Any]]:
 def _assistant(run: Run, reference: str) -> Artifact:
     """The artifact of the run that is called so, else the model that ``reference`` names as ``model.base`` does."""
     from lora_kit.model import find_base
-    from lora_kit.recipe import ModelSection
 
     known = run.artifacts().get(reference)
     if known is None:

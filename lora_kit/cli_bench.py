@@ -6,7 +6,7 @@ A part of the command line (``cli.py``), with the same rule: heavy imports stand
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -57,12 +57,20 @@ def bench(
                                                     "run's evaluation asks, and keep the result in the run.")] = None,
     key_from: Annotated[str | None, typer.Option(metavar="VARIABLE", show_default=False, help="Of a URL: environment "
                                                  "variable that holds its key. Default: LORA_KIT_API_KEY.")] = None,
+    engine: Annotated[Literal["llamacpp", "openvino", "hf"] | None, typer.Option(
+        show_default=False, help="What runs GGUF files. Default: llamacpp; openvino is an extra.")] = None,
     speculative: Annotated[bool, typer.Option("--speculative", help="Of a run or its artifact: also measure "
                                               "speculative decoding by prompt lookup, as bench.speculative "
                                               "does.")] = False,
     assistant: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False, help="For --speculative: a "
                                                   "smaller model with the same tokenizer that drafts too: an artifact "
                                                   "of the run, or as model.base.")] = None,
+    retrieval: Annotated[int | None, typer.Option(metavar="K", min=1, show_default=False, help="Of a run or its "
+                                                  "artifact: also measure what K passages before each question cost, "
+                                                  "as bench.retrieval does.")] = None,
+    adapters: Annotated[str | None, typer.Option(metavar="N,N", show_default=False, help="Of a run: also measure so "
+                                                 "many adapters on one base, switched with each request, as "
+                                                 "bench.adapters does.")] = None,
     json_: JsonOption = None, csv: CsvOption = None, markdown: MarkdownOption = None, debug: DebugOption = False,
 ) -> None:
     """Measure inference speed: of a run's artifacts, of one artifact, or of a server."""
@@ -75,7 +83,8 @@ def bench(
     of_url = {"model": model, "concurrency": concurrency, "requests": requests, "prompts_of": prompts_of,
               "key_from": key_from}
     of_artifact = {"batch_size": batch_size, "threads": threads, "no_deps": no_deps, "again": again,
-                   "speculative": speculative, "assistant": assistant}
+                   "engine": engine, "speculative": speculative, "assistant": assistant, "retrieval": retrieval,
+                   "adapters": adapters}
     is_url = bool(target) and target.startswith(("http://", "https://"))
     wrong = [name for name, value in (of_artifact if is_url else of_url).items() if value]
     if wrong:
@@ -97,7 +106,7 @@ def _keys(given: dict[str, Any]) -> dict[str, Any]:
     from lora_kit.bench_url import counts
 
     latency.parse_limits(given.get("goodput", ()))
-    keys = {name: given[name] for name in ("prompt_tokens", "new_tokens", "seconds", "goodput", "threads")
+    keys = {name: given[name] for name in ("prompt_tokens", "new_tokens", "seconds", "goodput", "threads", "engine")
             if name in given}
     if "depth" in given:
         keys["depths"] = list(counts(given["depth"], "--depth", least=0))
@@ -122,7 +131,7 @@ def _of_run(path: Path, runs: Path, given: dict[str, Any], files: Any) -> None:
 def _of_artifact(target: str, runs: Path, given: dict[str, Any], files: Any) -> None:
     from lora_kit import bench as bench_module
     from lora_kit import pipeline
-    from lora_kit.errors import MachineError
+    from lora_kit.errors import MachineError, RecipeError
     from lora_kit.recipe import BenchSection
 
     serving = _serving_keys(given)
@@ -131,6 +140,8 @@ def _of_artifact(target: str, runs: Path, given: dict[str, Any], files: Any) -> 
         return
     section = BenchSection(**_keys(given))
     artifact, _ = pipeline.artifact_at(target, runs)
+    if "engine" in given and artifact.kind != "gguf":
+        raise RecipeError(f"bench {target}", "--engine is for a GGUF file", "leave it out")
     point, evidence = bench_module.measure(artifact, section)
     if point.why_not:
         raise MachineError(f"bench {target}", "nothing was measured", point.why_not)
@@ -166,6 +177,12 @@ def _serving_keys(given: dict[str, Any]) -> dict[str, Any]:
         found["speculative.assistant"] = given["assistant"]
     elif "speculative" in given:
         found["speculative"] = {}
+    if "retrieval" in given:
+        found["retrieval.passages"] = given["retrieval"]
+    if "adapters" in given:
+        from lora_kit.bench_url import counts
+
+        found["adapters"] = list(counts(given["adapters"], "--adapters"))
     return found
 
 
@@ -178,7 +195,7 @@ def _serve(target: str, runs: Path, serving: dict[str, Any], given: dict[str, An
     shape = [name for name in _keys(given) if name != "threads"]
     if shape or files != bench_files.Files():
         raise RecipeError(f"bench {target}", "takes no shape and writes no file where it asks a run's prompts",
-                          "leave out --speculative and --assistant, or the other options")
+                          "leave out --speculative, --assistant, --retrieval and --adapters, or the other options")
     artifact, run = pipeline.artifact_at(target, runs)
     if run is None:
         raise RecipeError(f"bench {target}", "lies in no run, whose prompts could be asked",

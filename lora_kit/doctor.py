@@ -23,6 +23,7 @@ LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "bitsand
 
 EXTRAS = {
     "llama-cpp-python": "speed and answers of GGUF files",
+    "openvino-genai": "speed of GGUF files with bench --engine openvino",
     "lm-eval": "lm_eval of a suite: tasks of lm-evaluation-harness through its own library",
     "flash-attn": "attention: flash_attention_2 on NVIDIA GPUs",
     "tensorboard": "train.track: tensorboard",

@@ -23,6 +23,7 @@ from typing import Any
 
 from lora_kit import (
     baseline,
+    bench_serving,
     hardware,
     memory_short,
     prepared,
@@ -73,7 +74,7 @@ STAGES = (
     Stage(name="quantize", module="lora_kit.quantize", sections=("quantize", "choose"), takes_from=("merge",),
           packages=("torch", "transformers", "bitsandbytes", "gguf", "llama-cpp-python", "torchao", "auto-round")),
     Stage(name="bench", module="lora_kit.bench", sections=("bench",), takes_from=("merge", "quantize"),
-          packages=("torch", "transformers", "bitsandbytes", "llama-cpp-python")),
+          packages=("torch", "transformers", "bitsandbytes", "llama-cpp-python", "openvino-genai")),
     Stage(name="eval", module="lora_kit.evaluation", sections=("eval",), takes_from=("merge", "quantize"),
           packages=("torch", "transformers", "bitsandbytes", "llama-cpp-python")),
     Stage(name="report", module="lora_kit.report", sections=("name", "description", "cost"),
@@ -121,9 +122,7 @@ def check(recipe_file: RecipeFile) -> dict[str, Any]:
     config = read_config(Path(base["artifact"]["path"]))
     for form in recipe_file.recipe.forms:
         quantizers.load(form.method).check(config, form.type)
-    speculative = recipe_file.recipe.bench.speculative
-    if speculative and speculative.assistant and speculative.assistant not in recipe_file.recipe.artifact_names:
-        find_base(ModelSection(base=speculative.assistant), recipe_file.folder)
+    bench_serving.check(recipe_file.recipe, recipe_file.folder)
     return base
 
 

@@ -177,7 +177,8 @@ def _changes(recipe: Recipe, shape: Shape, rates: Rates, request: Request, rows:
         more = cost.passages * cost.passage_tokens
         found.append((f"retrieval of {cost.passages} passages", seconds(Request(
             input_tokens=request.input_tokens + more, output_tokens=request.output_tokens)),
-            f"{more:,} more tokens read; embedding and look-up not counted"))
+            f"{more:,} more tokens read; embedding and look-up not counted: lora-kit bench --retrieval "
+            f"{cost.passages} measures all of it"))
     for acceptance in ACCEPTANCES:
         found.append((
             f"speculative decoding, {acceptance:.0%} accepted",

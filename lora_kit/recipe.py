@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, mo
 
 from lora_kit.recipe_fields import Count, Fraction, Positive, Section, Sha256
 from lora_kit.recipe_fields import NumberOnly as _NumberOnly
-from lora_kit.recipe_serving import SpeculativeSection
+from lora_kit.recipe_serving import RetrievalSection, SpeculativeSection
 
 
 def _as_seconds(value: Any) -> Any:
@@ -424,12 +424,18 @@ class BenchSection(Section):
     then say how many requests a second keep all of them."""
     threads: Count | None = None
     """CPU threads. Default: the machine's cores."""
+    engine: Literal["llamacpp", "openvino", "hf"] = "llamacpp"
+    """What runs GGUF artifacts: llama.cpp, OpenVINO GenAI (an extra), or transformers on dequantized weights."""
+    adapters: Annotated[list[Count], BeforeValidator(_as_list)] = []
+    """Numbers of adapters that stay on one base in memory and are switched with each request, such as `[1, 2, 4]`:
+    copies of the trained one, each number measured beside the merged model, on the prompts of the evaluation."""
     speculative: SpeculativeSection | None = None
+    retrieval: RetrievalSection | None = None
 
     @property
     def asks(self) -> bool:
         """Whether the prompts of the evaluation are asked here too."""
-        return self.speculative is not None
+        return bool(self.adapters or self.speculative or self.retrieval)
 
 
 class EvalSection(Section):

@@ -5,13 +5,14 @@ Measured by the stage bench (``bench_serving.py``). Torch-free; reads and writes
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_kit.report_document import Block, Paragraph, Table
 from lora_kit.report_findings import Findings
-from lora_kit.units import count_text, number_text, seconds_text
+from lora_kit.units import bytes_text, count_text, number_text, seconds_text
 
 _SPECULATIVE = ("decoding", "tokens/s", "accepted", "tokens a pass", "cost ratio", "predicted", "as passes take here",
                 "measured", "same answers")
@@ -91,7 +92,83 @@ def _text(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.1e}"
 
 
+def _retrieval_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    def row(name: str, kind: str, *lookup: str) -> tuple[str, ...]:
+        own = found[kind]
+        return (name, *lookup, count_text(_mean(own["prompt_tokens"])), seconds_text(_median(own["prefill_seconds"])),
+                seconds_text(_median(own["first_token_seconds"])))
+
+    ratio = found["measured"]
+    longer = f"{1 / ratio['ratio']:.2f} ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f})"
+    return [(*row("question alone", "plain", "–", "–"), "1"),
+            (*row(f"with {found['passages']} passages", "read", seconds_text(_median(found["embed_seconds"])),
+                  seconds_text(_median(found["look_up_seconds"]))), longer)]
+
+
+def _retrieval_title(found: dict[str, Any]) -> str:
+    return (f"Retrieval for {found['artifact']}: {found['questions']} questions, {found['passages']} passages of "
+            f"{found['passage_tokens']} tokens from {found['corpus']}")
+
+
+def _retrieval_lines(found: dict[str, Any]) -> list[str]:
+    by = "the model's own hidden states" if found["embed"] == "model" else "TF-IDF"
+    hits = found["found"]
+    first = _median(found["read"]["first_token_seconds"])
+    parts = {"embedding": _median(found["embed_seconds"]), "look-up": _median(found["look_up_seconds"])}
+    return [
+        f"index: {found['indexed']:,} of {found['corpus_passages']:,} passages, embedded by {by} in "
+        f"{seconds_text(found['index_seconds'])}, once; {bytes_text(found['index_bytes'])}",
+        "of the time to the first token with passages "
+        + ", ".join(f"{name} is {value / first:.1%}" for name, value in parts.items()) + ", and the rest is reading",
+        f"a passage looked up by a piece of itself is among the {found['passages']} found in {hits['hits']} of "
+        f"{hits['tried']} (95 % interval {hits['ci_low']:.0%} to {hits['ci_high']:.0%})"]
+
+
+def _adapter_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    merged = found["merged"]
+    rows = [("merged", bytes_text(merged["bytes"]), "–", "–", seconds_text(merged["first_token_seconds"]),
+             number_text(merged["tokens_per_second"], 3), "1")]
+    for each in found["rows"]:
+        ratio = each["measured"]
+        grown = each["process_bytes_added"]
+        rows.append((f"{each['adapters']} on one base", bytes_text(each["resident_bytes"]),
+                     bytes_text(grown) if grown is not None else "–", seconds_text(each["switch_seconds"]),
+                     seconds_text(each["first_token_seconds"]), number_text(each["tokens_per_second"], 3),
+                     f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"))
+    return rows
+
+
+def _adapter_title(found: dict[str, Any]) -> str:
+    return (f"Adapters unmerged: {found['prompts']} prompts of {count_text(found['prompt_tokens'])} tokens on average, "
+            f"{found['new_tokens']} new ones, the adapter switched with each")
+
+
+def _adapter_lines(found: dict[str, Any]) -> list[str]:
+    most = found["rows"][-1]
+    apart = found["merged"]["bytes"] * most["adapters"]
+    said = [f"an adapter holds {bytes_text(found['adapter_bytes'])} beside a base of "
+            f"{bytes_text(found['base_bytes'])}; {most['adapters']} merged models would hold {bytes_text(apart)}, "
+            f"{most['adapters']} adapters on one base hold {bytes_text(most['resident_bytes'])} (derived from the "
+            "tensors)"]
+    if found["own_loop"]:
+        said.append("the merged model is decoded by the engine's own loop, which an unmerged adapter is not")
+    return said
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.mean(values)
+
+
 PARTS = {
+    "adapters": Shown(name="adapters on one base", title=_adapter_title, rows=_adapter_rows, lines=_adapter_lines,
+                      columns=("", "weights in memory", "process grew by, each", "switching", "first token", "tokens/s",
+                               "as fast as merged")),
     "speculative": Shown(name="speculative decoding", columns=_SPECULATIVE, title=_speculative_title,
                          rows=_speculative_rows, lines=_speculative_lines),
+    "retrieval": Shown(name="retrieval", title=_retrieval_title, rows=_retrieval_rows, lines=_retrieval_lines,
+                       columns=("", "embedding", "look-up", "tokens read", "prefill", "first token", "times as long")),
 }

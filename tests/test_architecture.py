@@ -43,7 +43,7 @@ LEVELS = {
        "engines quantizers certificate scoring stop_rate baseline",
     4: "data train merge quantize bench evaluation report plan doctor scaffold reference data_view foresight "
        "advice plan_outlook plan_record memory_short bench_compare bench_url bench_serving "
-       "bench_speculative",
+       "bench_speculative bench_retrieval bench_adapters",
     5: "pipeline adapter_verbs terminal calibrate cli_options",
     6: "cli cli_plan cli_bench cli_adapters lora_kit",
 }
