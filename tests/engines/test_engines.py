@@ -24,7 +24,7 @@ def installed(monkeypatch):
 
 
 def test_the_files_are_the_engines():
-    assert engines.names() == ["hf", "llamacpp", "url"]
+    assert engines.names() == ["hf", "llamacpp", "openvino", "url"]
     for name in engines.names():
         assert callable(engines._module(name).load) and callable(engines._module(name).missing)
 
@@ -57,7 +57,7 @@ def test_install_line_of_llamacpp(monkeypatch):
 
 
 def test_unknown_engine():
-    with pytest.raises(RecipeError, match="'vllm': does not exist; there are: hf, llamacpp, url"):
+    with pytest.raises(RecipeError, match="'vllm': does not exist; there are: hf, llamacpp, openvino, url"):
         engines.open_engine(GGUF, prefer="vllm")
 
 
