@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_kit import bench_prompts, events, hardware, latency, repeats, rundir
+from lora_kit import bench_prompts, energy, events, hardware, latency, repeats, rundir
 from lora_kit.bench_prompts import Prompt
 from lora_kit.engines.url import Reply, Server, is_fault_of_all
 from lora_kit.errors import LoraKitError, RecipeError
@@ -49,7 +49,7 @@ class Load:
     Args:
         concurrency: requests under way at once, each a load of its own.
         depths: tokens of context before the prompt's ``prompt_tokens``, each a load of its own.
-        requests: of each load; None: twice the concurrency, 8 at least.
+        requests: of each load; None: four times the concurrency, 8 at least.
         seconds: longest for each load; it ends before when the interval of its answers' times is narrow.
     """
 
@@ -63,7 +63,7 @@ class Load:
 
     def least(self, concurrency: int) -> int:
         """Requests of a load with so many at once."""
-        return self.requests or max(LEAST_REQUESTS, 2 * concurrency)
+        return self.requests or max(LEAST_REQUESTS, 4 * concurrency)
 
 
 @dataclass
@@ -103,16 +103,22 @@ def measure(server: Server, load: Load, *, real: Sequence[Prompt] = (), seed: in
         asked = depth + load.prompt_tokens
         made = bench_prompts.of_words((words or bench_prompts.Length()).words(asked), f"{seed} {depth} {concurrency}")
         warm_ups = _warm_up(server, made, load, concurrency, clock)
+        meter = energy.Meter()
         done = run(lambda prompt: server.ask(prompt.messages, load.new_tokens, prompt.tools), unasked or made,
                    concurrency=concurrency, least=load.least(concurrency), seconds=load.seconds, clock=clock)
+        joules = meter.joules()
+        found = figures(done, load)
+        tokens = sum(answer[3] for answer in found["answers"])
+        # Of a server elsewhere this machine's counters say nothing.
+        used = energy.per_token(joules, tokens) if server.is_local and found["counted"] else None
         loads.append({"concurrency": concurrency, "depth": depth, "prompt_tokens_asked": None if real else asked,
-                      "warm_ups": warm_ups, **figures(done, load)})
+                      "warm_ups": warm_ups, "joules_per_token": used, **found})
     events.tell(events.Progress(stage="bench", done=len(combined), total=len(combined), unit="load"))
-    used = sum(each["requests"] + each["failed"] for each in loads)
+    num_asked = sum(each["requests"] + each["failed"] for each in loads)
     return {
         "format": FORMAT, "url": server.url, "model": server.model, "software": server.software,
         "prompts": f"{len(real)} of a run" if real else "words at random", "new_tokens": load.new_tokens,
-        "prompts_repeat": bool(real) and used > len(real), "goes_past_stops": "ignore_eos" in server.asks,
+        "prompts_repeat": bool(real) and num_asked > len(real), "goes_past_stops": "ignore_eos" in server.asks,
         "limits": load.limits.text() if load.limits else None, "seconds": load.seconds, "loads": loads,
         "words": None if words is None or real else {"fixed": words.fixed, "each": words.each},
         "client": hardware.describe(), "server_is_local": server.is_local,
@@ -318,6 +324,10 @@ def notes(record: dict[str, Any]) -> list[str]:
         if load["failed"]:
             lines.append(f"{load['failed']} requests failed at {load['concurrency']} at once and are in no figure: "
                          f"{load['why_failed']}")
+    joules = [load["joules_per_token"] for load in loads if load["joules_per_token"] is not None]
+    if joules:
+        lines.append(f"energy of a generated token, with its share of the prompt and all that ran beside: "
+                     f"{number_text(min(joules), 3)} to {number_text(max(joules), 3)} J")
     busy = max(load["client_cpu_share"] for load in loads)
     if busy > BUSY:
         lines.append(f"this program took {busy:.0%} of a core itself: the server may be faster than it could see")

@@ -52,7 +52,7 @@ def bench(
     concurrency: Annotated[str | None, typer.Option(metavar=_LIST, show_default=False, help="Of a URL: requests under "
                                                     "way at once, each number a row of its own. Default: 1.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, show_default=False, help="Of a URL: requests of each row. "
-                                                 "Default: twice those at once, 8 at least.")] = None,
+                                                 "Default: four times those at once, 8 at least.")] = None,
     prompts_of: Annotated[Path | None, typer.Option(metavar="RUN", show_default=False, help="Of a URL: ask what this "
                                                     "run's evaluation asks, and keep the result in the run.")] = None,
     key_from: Annotated[str | None, typer.Option(metavar="VARIABLE", show_default=False, help="Of a URL: environment "

@@ -70,14 +70,13 @@ def _drawn(series: dict[str, list[tuple[float, float]]], x_title: str, y_title: 
 
 
 def _server_table(servers: Sequence[dict[str, Any]]) -> Table:
-    columns = ["server", "model", "prompts", "at once", "requests", "first token p50", "p99", "per token",
+    columns = ["model", "server", "at once", "requests", "first token p50", "p99", "per token",
                "answer p50", "requests/s", "tokens/s", "good/s"]
     rows = []
     for record in servers:
         for load in record["loads"]:
-            prompts = record["prompts"] if load["prompt_tokens_asked"] is None else \
-                f"{count_text(load['prompt_tokens_asked'])} tokens"
-            rows.append([record["url"], record["model"], prompts, count_text(load["concurrency"]),
+            rows.append([record["model"], record["url"].partition("//")[2].removesuffix("/v1"),
+                         count_text(load["concurrency"]),
                          count_text(load["requests"]), seconds_text(load["first_token_p50"]),
                          seconds_text(load["first_token_p99"]), seconds_text(load["per_token_mean"]),
                          seconds_text(load["end_to_end_p50"]), number_text(load["requests_per_second"], 3),
@@ -89,5 +88,5 @@ def _server_table(servers: Sequence[dict[str, Any]]) -> Table:
     note += f" good/s: requests a second within {' or '.join(limits)}." if limits else ""
     note += f" {failed} requests failed and are in no figure." if failed else ""
     note += " Where a server counts no tokens, a piece of its stream is taken for one." if pieces else ""
-    return Table(title="Servers under load", columns=columns, rows=rows, numeric=tuple(range(3, len(columns))),
+    return Table(title="Servers under load", columns=columns, rows=rows, numeric=tuple(range(2, len(columns))),
                  note=note)

@@ -169,6 +169,21 @@ def test_a_server_with_known_pauses():
     assert all(len(row) == len(bench_url.columns(record)) for row in bench_url.rows(record))
 
 
+def test_energy_is_that_of_a_server_on_this_machine(monkeypatch):
+    class Meter:
+        def joules(self):
+            return {"cpu": 3.2, "gpu": None}
+
+    monkeypatch.setattr(bench_url.energy, "Meter", Meter)
+    with serving() as (address, _):
+        server = url.connect(address)
+        record = bench_url.measure(server, Load(new_tokens=4))
+        assert record["loads"][0]["joules_per_token"] == pytest.approx(0.1)  # of 8 answers of 4 tokens
+        assert "energy of a generated token" in "\n".join(bench_url.notes(record))
+        monkeypatch.setattr(url, "_LOCAL", ())
+        assert bench_url.measure(server, Load(new_tokens=4))["loads"][0]["joules_per_token"] is None
+
+
 def test_depth_makes_prompts_longer():
     with serving() as (address, _):
         record = bench_url.measure(url.connect(address), Load(depths=(0, 200), prompt_tokens=40, new_tokens=2))

@@ -53,7 +53,7 @@ def test_sweeps_are_tables_and_lines(tmp_path):
 def test_throughput_against_concurrency(tmp_path):
     findings = dataclasses.replace(found(tmp_path), servers=[record(1, 4, limits=Limits(first_token=0.6), failed=1)])
     table, figure = report_load.blocks(findings)
-    assert [row[3] for row in table.rows] == ["1", "4"] and table.rows[1][-3:] == ["4", "8", "4"]
+    assert [row[2] for row in table.rows] == ["1", "4"] and table.rows[1][-3:] == ["4", "8", "4"]
     assert "within ttft 600 ms." in table.note and "2 requests failed and are in no figure." in table.note
     assert figure.words == "Tokens a second, all requests, by requests at once: m: 2 at 1, 8 at 4."
     assert "requests at once" in texts(figure)
