@@ -7,6 +7,7 @@ end together, so each has the times of the batch. Torch-free; reads and writes n
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,11 +91,12 @@ def sweep(engine: Any, draw: Draw, *, batch_size: int, prompt_tokens: int, new_t
     """
     shapes = {"batch_size": [(size, 0) for size in batch_sizes], "depth": [(batch_size, depth) for depth in depths]}
     found: dict[str, list[dict[str, Any]]] = {}
+    seeds = itertools.count(seed)  # another for each shape, so that none asks what one before it asked
     for name, each in shapes.items():
         for size, depth in each:
             length = depth + prompt_tokens
             number = MOST_WARM_UPS + most_repeats(least, seconds, batch_size=size, prompt_tokens=length)
-            prompts = draw(num=size * number, length=length, seed=seed)
+            prompts = draw(num=size * number, length=length, seed=next(seeds))
             batches = (prompts[first:first + size] for first in range(0, len(prompts), size))
             shape = {"batch_size": size, "prompt_tokens": length, "new_tokens": new_tokens}
             try:

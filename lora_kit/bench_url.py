@@ -93,6 +93,8 @@ def measure(server: Server, load: Load, *, real: Sequence[Prompt] = (), seed: in
     """
     if real and load.depths != (0,):
         raise RecipeError("--depth", "has no effect on the prompts of a run", "leave out one of the two")
+    if server.exposes_key:
+        events.tell(events.Caution(text=f"the key goes to {server.url} unencrypted: use https"))
     words = _length(server, load, seed)
     loads = []
     combined = list(itertools.product(load.depths, load.concurrency))

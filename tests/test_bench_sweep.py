@@ -96,6 +96,15 @@ def test_every_figure_of_a_shape():
         FakeEngine(), batch_sizes=[], depths=[]) == {}
 
 
+def test_no_shape_asks_what_one_before_it_asked():
+    engine = FakeEngine()
+    seeds = []
+    sweep_draw = lambda **asked: seeds.append(asked["seed"]) or draw(**asked)  # noqa: E731
+    bench_sweep.sweep(engine, sweep_draw, batch_size=2, prompt_tokens=10, new_tokens=6, batch_sizes=[1, 4],
+                      depths=[0, 90], least=3, seconds=None, limits=None, seed=5, clock=engine.clock)
+    assert seeds == [5, 6, 7, 8]
+
+
 def test_goodput_counts_batches_that_keep_the_limits():
     # After two alike to get warm: 62 ms, 62 ms and 122 ms, of which the last is over the limit.
     engine = FakeEngine(itertools.chain([1, 1], [1, 1, 2]))

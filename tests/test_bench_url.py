@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from lora_kit import bench_url
+from lora_kit import bench_url, events
 from lora_kit.bench_prompts import Length, Prompt, length_by, of_words
 from lora_kit.bench_url import Load
 from lora_kit.engines import url
@@ -181,7 +181,12 @@ def test_energy_is_that_of_a_server_on_this_machine(monkeypatch):
         assert record["loads"][0]["joules_per_token"] == pytest.approx(0.1)  # of 8 answers of 4 tokens
         assert "energy of a generated token" in "\n".join(bench_url.notes(record))
         monkeypatch.setattr(url, "_LOCAL", ())
-        assert bench_url.measure(server, Load(new_tokens=4))["loads"][0]["joules_per_token"] is None
+        monkeypatch.setattr(server, "_key", "k")
+        heard = []
+        with events.listening(heard.append):
+            assert bench_url.measure(server, Load(new_tokens=4))["loads"][0]["joules_per_token"] is None
+        assert [event.text for event in heard if isinstance(event, events.Caution)] == [
+            f"the key goes to {address} unencrypted: use https"]
 
 
 def test_depth_makes_prompts_longer():

@@ -91,6 +91,11 @@ class Server:
         """Whether it runs on this machine."""
         return self._parts.hostname in _LOCAL
 
+    @property
+    def exposes_key(self) -> bool:
+        """Whether a key goes to another machine unencrypted."""
+        return bool(self._key) and self._parts.scheme == "http" and not self.is_local
+
     def models(self) -> list[str] | None:
         """Names of the models that it has; None where it does not list them."""
         with self._answered("GET", "/models", None) as response:

@@ -86,6 +86,12 @@ def test_a_key_comes_from_the_environment_and_is_never_told(monkeypatch):
         url.connect(address, key_from="MINE")
 
 
+def test_a_key_that_goes_out_in_the_open():
+    for address, key, exposes in (("http://far/v1", "k", True), ("https://far/v1", "k", False),
+                                  ("http://far/v1", None, False), ("http://127.0.0.1/v1", "k", False)):
+        assert url.Server(address, key, "V", lambda: 0.0).exposes_key is exposes
+
+
 def test_models():
     with serving(models=["a", "b"]) as (address, server):
         assert url.connect(address, model="b").model == "b"
