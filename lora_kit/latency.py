@@ -3,8 +3,8 @@
 All figures follow from a request's start and the moment of each of its tokens: time to first token, inter-token
 latencies (the gaps between tokens), time per output token (their mean), end to end. Of several requests: percentiles
 (linear between the two nearest, as numpy's), requests and tokens a second from the first start to the last end, and
-goodput, the requests a second that keep stated limits. Terms as in NVIDIA's GenAI-Perf and vLLM's benchmark, whose
-names the limits have: ttft, tpot, e2el.
+goodput, the requests a second that keep stated limits. Terms as in vLLM's benchmark, whose names the limits have: ttft,
+tpot, e2el (NVIDIA's tools call the time per output token inter-token latency).
 
 Torch-free. Reads and writes nothing.
 """
