@@ -1,9 +1,9 @@
 """How likely a model finds continuations of a context, reading as few tokens as can be.
 
 The answers of a multiple-choice item begin alike: with the question, and often with the same first words. So an item is
-read as a *tree*: each token once, seen only by those that come after it in some answer. Items of a similar size make a
-batch; what all contexts begin with (a description, fixed few-shot examples) is read once into a cache that every batch
-goes on from. The head is asked only for the rows that something is to be predicted from.
+read as a *tree*: each token once, seen only by those that come after it in some answer. Many trees make a row, with no
+padding; what all contexts begin with (a description, fixed few-shot examples) is read once, and kept for the next call.
+The head is asked only for the rows that something is to be predicted from.
 
 A tree works where keys and values of all tokens read are kept and a token may be told its position and what it sees.
 :func:`plain` is the other way, a row for each continuation, which any causal model takes. :class:`Reader` takes the
@@ -11,8 +11,8 @@ first where it can, and believes it only after some of the questions were read i
 difference it also knows how much rounding there is. Logits become log-probabilities in fp32, whatever the model
 computes in.
 
-Shape suffixes: N questions of a batch, T tokens of the largest tree, P tokens that all begin with, K rows of the head,
-V vocabulary, D width. Torch is imported when something is scored. Reads and writes nothing.
+Shape suffixes: N questions of a batch, T tokens of the largest tree, M tokens of the row, P tokens that all begin with,
+K rows of the head, V vocabulary, D width. Torch is imported when something is scored. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ import numpy as np
 
 from lora_kit.types import Likelihood, Question
 
-BATCH_TOKENS = 512
-"""Most tokens of a batch: its rows times the longest. One question alone may have more."""
+BATCH_TOKENS = 1024
+"""Most tokens of a batch, with those that fill it up where texts are read plainly. One question alone may have more."""
+MASKED_TOKENS = 512
+"""The same where a mask says which tokens of the whole row see which."""
 LOGITS = 64_000_000
 """Most logits of a batch, 256 MB in fp32: a large vocabulary makes batches smaller."""
 _ROWS = 32
 """Rows of logits that become log-probabilities at a time, so that what is worked out stays near the processor."""
 _PART_ROWS, _PART_TOKENS = 256, 4096
 """Rows and tokens of the vocabulary that the head is asked for at a time, for the same reason."""
-CHECK_TOKENS = 256
-"""Tokens that are read again in another way, once for each model; one question alone may have more."""
-CHECK_QUESTIONS = 4
-"""Most questions that are read again one by one."""
+CHECK_TOKENS = 128
+"""Tokens that are read again in another way, once for each model; two texts may have up to eight times as many, and one
+more than that."""
 _Score = tuple[int, int, int]
 """(continuation, row of the head, token): one log-probability that is summed."""
 
@@ -60,7 +61,7 @@ class Reader:
     def __init__(self, model: Any, why_plain: str, group: Callable[[list[list[int]]], list[tuple[list[int], int]]],
                  cache_key: str) -> None:
         self.head, self.why_plain, self.noise = Head(model), why_plain, None
-        self._group, self._cache_key = group, cache_key
+        self._group, self._cache_key, self._beginning = group, cache_key, Beginning()
 
     def read(self, questions: Sequence[Question], *, greedy: bool = False,
              apart: bool = False) -> list[list[Likelihood]]:
@@ -73,27 +74,29 @@ class Reader:
         if not questions:
             return []
         found = self._read(questions, greedy, apart)
-        if self.noise is None:
-            self._check(questions, found)
-            if self.noise is None:  # trees were wrong
-                return self.read(questions, greedy=greedy, apart=apart)
+        while self.noise is None and not self._agree(questions, found):
+            found = self._read(questions, greedy, apart)
         return found
 
-    def _check(self, questions: Sequence[Question], found: list[list[Likelihood]]) -> None:
-        """Read some questions again: plainly, which has to give the same, and one by one, which shows the rounding.
+    def _agree(self, questions: Sequence[Question], found: list[list[Likelihood]]) -> bool:
+        """Read some texts again, plainly, which has to give the same up to the rounding that this shows.
 
-        (A few rows are multiplied in another order than many are; many, in the same as other many.)
+        Of each question its last continuation: in a tree, it would see all others. (In the smaller batch, matrices
+        are multiplied in another order.) Where they differ by more, a slower way is taken, and the answer is False.
         """
         sample = _sample(questions)
-        if not self.why_plain:
-            again = plain(self.head, [questions[number] for number in sample], greedy=False, batch_tokens=CHECK_TOKENS)
-            pairs = _pairs(sample, found, again)
-            if not all(self._is_rounding(one, other) for one, other in pairs):
-                self.why_plain = "answers that are read together influence each other in this model"
-                return
-        some = sample[:CHECK_QUESTIONS]
-        apart = self._read([questions[number] for number in some], False, True)
-        self.noise = max(abs(one - other) for one, other in _pairs(some, found, apart))
+        texts = [Question(context=questions[number].context, continuations=questions[number].continuations[-1:])
+                 for number in sample]
+        again = plain(self.head, texts, greedy=False, batch_tokens=1 if self.why_plain else CHECK_TOKENS)
+        pairs = [(found[number][-1].log_prob, other.log_prob) for number, [other] in zip(sample, again, strict=True)]
+        if self.why_plain or all(self._is_rounding(one, other) for one, other in pairs):
+            self.noise = max(abs(one - other) for one, other in pairs)
+            return True
+        if self.head.packs:
+            self.head.packs = False
+        else:
+            self.why_plain = "answers that are read together influence each other in this model"
+        return False
 
     def _read(self, questions: Sequence[Question], greedy: bool, apart: bool) -> list[list[Likelihood]]:
         batch_tokens = 1 if apart else BATCH_TOKENS
@@ -101,7 +104,11 @@ class Reader:
             return plain(self.head, questions, greedy=greedy, batch_tokens=batch_tokens)
         groups = self._group([list(question.context) for question in questions])
         return trees(self.head, questions, groups, greedy=greedy, batch_tokens=batch_tokens,
-                     cache_key=self._cache_key)
+                     cache_key=self._cache_key, beginning=self._beginning)
+
+    def close(self) -> None:
+        """Let go of the model and of what was kept of it."""
+        self.head.model, self._beginning = None, Beginning()
 
     def _is_rounding(self, one: float, other: float) -> bool:
         """Whether two log-probabilities of one text differ by no more than their computation rounds."""
@@ -109,22 +116,18 @@ class Reader:
         return abs(one - other) <= (0.3 if coarse else 1e-3) + (0.02 if coarse else 1e-5) * abs(one)
 
 
-def _pairs(numbers: Sequence[int], found: list[list[Likelihood]], again: list[list[Likelihood]]):
-    return [(one.log_prob, other.log_prob) for number, others in zip(numbers, again, strict=True)
-            for one, other in zip(found[number], others, strict=True)]
-
-
 def _sample(questions: Sequence[Question]) -> list[int]:
-    """Numbers of some questions of about CHECK_TOKENS texts' tokens together, spread over all sizes; one at least."""
-    sizes = [sum(len(question.context) + len(each) for each in question.continuations) for question in questions]
+    """Numbers of some questions, spread over all sizes: their last texts have about CHECK_TOKENS tokens together."""
+    sizes = [len(question.context) + len(question.continuations[-1]) for question in questions]
     order = sorted(range(len(questions)), key=sizes.__getitem__)
-    count = max(1, min(len(order), int(CHECK_TOKENS * len(order) / sum(sizes))))
+    mean = sum(sizes) / len(order)
+    count = min(len(order), max(int(CHECK_TOKENS / mean), 2 if 2 * mean <= 8 * CHECK_TOKENS else 1))
     return [order[(2 * place + 1) * len(order) // (2 * count)] for place in range(count)]
 
 
 @dataclass
 class Tree:
-    """The tokens of one question, without those that its ``P`` first ones are.
+    """The tokens of one question, without its ``P`` first ones.
 
     ``tokens`` in an order in which each comes after the one before it in its text, ``parents`` (-1: the shared
     beginning), ``depths`` (position minus P), ``rows``: which of them something is predicted from, and ``scores``.
@@ -176,8 +179,9 @@ def tree_of(question: Question, num_shared: int = 0) -> Tree:
 
 
 def trees(head: Head, questions: Sequence[Question], groups: Sequence[tuple[Sequence[int], int]], *, greedy: bool,
-          batch_tokens: int = BATCH_TOKENS, cache_key: str = "past_key_values") -> list[list[Likelihood]]:
-    """The likelihoods of all continuations, each question read as a tree.
+          batch_tokens: int = BATCH_TOKENS, cache_key: str = "past_key_values",
+          beginning: Beginning | None = None) -> list[list[Likelihood]]:
+    """The likelihoods of all continuations, each question read as a tree, the trees of a batch in one row.
 
     Args:
         head: that of a transformers causal LM in eval mode whose cache grows plainly.
@@ -185,24 +189,72 @@ def trees(head: Head, questions: Sequence[Question], groups: Sequence[tuple[Sequ
             than any of them has.
         greedy: also say whether each token of a continuation is the most likely one.
         cache_key: what ``model.forward`` calls its cache.
+        beginning: what was read before of it need not be read again.
     """
     import torch
 
+    from lora_kit import tree_attention
+
     model, found = head.model, {}
+    beginning = beginning or Beginning()
     most_rows = max(1, LOGITS // _vocabulary(model))
     with torch.inference_mode():
         for group, num_shared in groups:
             made = {number: tree_of(questions[number], num_shared) for number in group}
-            batches = list(_batches({number: (len(tree.tokens), len(tree.rows)) for number, tree in made.items()},
-                                    batch_tokens, most_rows))
-            cache = None
-            if num_shared:
-                room = max(len(batch) for batch in batches), max(len(tree.tokens) for tree in made.values())
-                cache = _read(model, questions[group[0]].context[:num_shared], *room, cache_key)
-            for batch in batches:
-                found.update(zip(batch, _score_trees(head, [made[number] for number in batch], cache, num_shared,
-                                                     greedy, cache_key), strict=True))
+            sizes = {number: (len(tree.tokens), len(tree.rows)) for number, tree in made.items()}
+            before = beginning.read(model, questions[group[0]].context[:num_shared], cache_key)
+            score = functools.partial(_score_trees, head, before=before, num_shared=num_shared, greedy=greedy,
+                                      cache_key=cache_key)
+
+            def read(most_tokens, sizes=sizes, made=made, score=score):
+                return [(number, one) for batch in _rows(sizes, most_tokens, most_rows)
+                        for number, one in zip(batch, score([made[number] for number in batch]), strict=True)]
+
+            if head.packs:
+                with tree_attention.served(model) as head.packs:
+                    try:
+                        found.update(read(batch_tokens) if head.packs else ())
+                    except tree_attention.Unserved:
+                        head.packs = False
+            if not head.packs:
+                found.update(read(min(batch_tokens, MASKED_TOKENS)))
     return [found[number] for number in range(len(questions))]
+
+
+class Beginning:
+    """Keys and values of the tokens that texts begin with, kept for the next texts that begin with them."""
+
+    def __init__(self) -> None:
+        self.tokens: tuple[int, ...] = ()
+        self.held: list[tuple[Any, Any]] = []
+
+    def read(self, model: Any, tokens: Sequence[int], cache_key: str) -> list[tuple[Any, Any]]:
+        """Keys and values (1, heads, P, width) of each layer after ``tokens``; empty for no tokens."""
+        import torch
+
+        if not tokens:
+            return []
+        tokens = tuple(tokens)
+        known = next((place for place, (one, other) in enumerate(zip(self.tokens, tokens, strict=False))
+                      if one != other), min(len(self.tokens), len(tokens)))
+        self.held = [(keys[:, :, :known], values[:, :, :known]) for keys, values in self.held]
+        if known < len(tokens):
+            cache = _cache_of(model, self.held if known else [])
+            model(input_ids=torch.tensor([tokens[known:]], device=model.device), use_cache=True, logits_to_keep=1,
+                  **{cache_key: cache})
+            self.held = [(layer.keys, layer.values) for layer in cache.layers]
+        self.tokens = tokens
+        return self.held
+
+
+def _cache_of(model: Any, held: Sequence[tuple[Any, Any]]):
+    """A cache that holds ``held``, whose tensors stay as they are."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for index, (keys, values) in enumerate(held):
+        cache.update(keys, values, index)
+    return cache
 
 
 def plain(head: Head, questions: Sequence[Question], *, greedy: bool,
@@ -244,41 +296,60 @@ def plain(head: Head, questions: Sequence[Question], *, greedy: bool,
             for number, question in enumerate(questions)]
 
 
-def _score_trees(head: Head, batch: list[Tree], cache: Any, num_shared: int, greedy: bool,
+def _score_trees(head: Head, batch: list[Tree], before: list[tuple[Any, Any]], num_shared: int, greedy: bool,
                  cache_key: str) -> list[list[Likelihood]]:
+    """The likelihoods of ``batch`` in one forward pass; ``before`` is what the first ``num_shared`` tokens left."""
     import torch
 
-    longest = max(len(tree.tokens) for tree in batch)
-    tokens_NT = np.zeros((len(batch), longest), np.int64)
-    positions_NT = np.full((len(batch), longest), num_shared, np.int64)
-    # What fills up a row sees itself, since a row of a softmax that sees nothing is no number.
-    sees_NTT = np.broadcast_to(np.eye(longest, dtype=bool), (len(batch), longest, longest)).copy()
-    rows, scores, sizes = [], [], []
-    for number, tree in enumerate(batch):
-        size = len(tree.tokens)
-        tokens_NT[number, :size] = tree.tokens
-        positions_NT[number, :size] += np.asarray(tree.depths)
-        sees_NTT[number, :size, :size] = tree.sees_TT()
-        first, before = len(rows), sum(sizes)
-        rows += [(number, place) for place in tree.rows]
-        scores += [(before + which, first + row, token) for which, row, token in tree.scores]
-        sizes.append(1 + max(which for which, _, _ in tree.scores))
-    if num_shared:
-        sees_NTT = np.concatenate([np.ones((len(batch), longest, num_shared), bool), sees_NTT], axis=2)
+    from lora_kit import tree_attention
+
+    sizes = [len(tree.tokens) for tree in batch]
+    starts = np.cumsum([0, *sizes])
+    rows, scores, nums = [], [], []
+    for tree, start in zip(batch, starts.tolist(), strict=False):
+        first, number = len(rows), sum(nums)
+        rows += [(0, start + place) for place in tree.rows]
+        scores += [(number + which, first + row, token) for which, row, token in tree.scores]
+        nums.append(1 + max(which for which, _, _ in tree.scores))
     model = head.model
     device = model.device
-    # Added to the scores of attention, which is what every implementation takes; a bool mask is added by some.
-    mask_N1TT = torch.zeros(sees_NTT.shape, dtype=model.dtype, device=device)
-    mask_N1TT = mask_N1TT.masked_fill_(torch.from_numpy(~sees_NTT).to(device), torch.finfo(model.dtype).min)[:, None]
-    options = {"use_cache": False}
-    if cache is not None:
-        for layer in cache.layers:
-            layer.rewind(len(batch))
-        options = {"use_cache": True, cache_key: cache}
-    inputs = {"input_ids": torch.from_numpy(tokens_NT).to(device), "attention_mask": mask_N1TT,
-              "position_ids": torch.from_numpy(positions_NT).to(device), **options}
-    flat = iter(head.score(rows, scores, sum(sizes), greedy, inputs))
-    return [[next(flat) for _ in range(size)] for size in sizes]
+
+    def tensor(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    tokens_M, depths_M = (np.concatenate([np.asarray(each, np.int64) for each in column])
+                          for column in zip(*((tree.tokens, tree.depths) for tree in batch), strict=True))
+    inputs = {"input_ids": tensor(tokens_M[None]), "position_ids": tensor(depths_M[None] + num_shared)}
+    if not head.packs:
+        sees_MM = np.zeros((starts[-1], starts[-1]), bool)
+        for tree, start, end in zip(batch, starts, starts[1:], strict=False):
+            sees_MM[start:end, start:end] = tree.sees_TT()
+        sees_MM = np.concatenate([np.ones((starts[-1], num_shared), bool), sees_MM], axis=1)
+        inputs |= {"attention_mask": _added(tensor(sees_MM)[None, None], model.dtype)}
+        inputs |= {"use_cache": True, cache_key: _cache_of(model, before)} if before else {"use_cache": False}
+        found = head.score(rows, scores, sum(nums), greedy, inputs)
+    else:
+        longest = max(sizes)
+        # What fills up a tree sees itself, since a row of a softmax that sees nothing is no number.
+        sees_NTT = np.broadcast_to(np.eye(longest, dtype=bool), (len(batch), longest, longest)).copy()
+        places_NT = np.zeros((len(batch), longest), np.int64)
+        for number, (tree, size) in enumerate(zip(batch, sizes, strict=True)):
+            sees_NTT[number, :size, :size] = tree.sees_TT()
+            places_NT[number, :size] = np.arange(starts[number], starts[number] + size)
+        back_M = np.flatnonzero(np.arange(longest) < np.asarray(sizes)[:, None])
+        forest = tree_attention.Forest(tensor(places_NT.reshape(-1)), tensor(back_M),
+                                       _added(tensor(sees_NTT)[:, None], model.dtype), before)
+        with tree_attention.attending(forest):
+            found = head.score(rows, scores, sum(nums), greedy, {**inputs, "use_cache": False})
+    flat = iter(found)
+    return [[next(flat) for _ in range(num)] for num in nums]
+
+
+def _added(sees, dtype):
+    """What is added to the scores of attention, which is what every implementation takes; a bool is added by some."""
+    import torch
+
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 class Head:
@@ -288,10 +359,14 @@ class Head:
     (scaling, capping) must be done. So the layer's input is narrowed to the rows, and the model not taken apart. Where
     the logits are the layer's output and nothing else, which the first batch shows, they are worked out here, part by
     part of the vocabulary: logits of all of it are large, and memory is slower than arithmetic.
+
+    Attributes:
+        packs: whether the model's attention takes the trees of a row apart (``tree_attention.py``), as far as is
+            known; else a mask of the whole row tells it.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self._is_all = model, None
+        self.model, self.packs, self._is_all = model, True, None
 
     def score(self, rows: list[tuple[int, int]], scores: list[_Score], num_continuations: int, greedy: bool,
               inputs: dict[str, Any]) -> list[Likelihood]:
@@ -417,61 +492,28 @@ def _batches(sizes: dict[int, tuple[int, int]], batch_tokens: int, most_rows: in
         yield batch
 
 
+def _rows(sizes: dict[int, tuple[int, int]], most_tokens: int, most_rows: int) -> Iterator[list[int]]:
+    """The keys of ``sizes`` ((tokens, rows of the head) of each) in batches of about as many tokens each.
+
+    Those of a similar size stand together; ``most_tokens`` of a batch are exceeded by one key alone.
+    """
+    total = sum(num_tokens for num_tokens, _ in sizes.values())
+    wanted = min(most_tokens, total / max(1, -(-total // most_tokens)) + max(num_tokens for num_tokens, _ in
+                                                                           sizes.values()))
+    batch: list[int] = []
+    tokens_so_far = rows_so_far = 0
+    for key in sorted(sizes, key=lambda key: (sizes[key], key)):
+        num_tokens, rows = sizes[key]
+        # In order of size, so the newest is the longest; attention fills all up to it.
+        if batch and (tokens_so_far + num_tokens > wanted or rows_so_far + rows > most_rows
+                      or (len(batch) + 1) * num_tokens > 2 * most_tokens):
+            yield batch
+            batch, tokens_so_far, rows_so_far = [], 0, 0
+        batch.append(key)
+        tokens_so_far, rows_so_far = tokens_so_far + num_tokens, rows_so_far + rows
+    if batch:
+        yield batch
+
+
 def _vocabulary(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _read(model: Any, tokens: Sequence[int], most_rows: int, most_tokens: int, cache_key: str):
-    """A cache of ``tokens``, the same in each of ``most_rows`` rows, with room for ``most_tokens`` after them."""
-    import torch
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_layer_that_rewinds()(most_rows, len(tokens) + most_tokens) for _ in cache.layers]
-    model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=True, logits_to_keep=1,
-          **{cache_key: cache})
-    for layer in cache.layers:
-        layer.keep(len(tokens))
-    return cache
-
-
-@functools.cache
-def _layer_that_rewinds():
-    """The class of a cache layer that goes back to what was read first. (Of transformers' own: made when it is there.)
-
-    A plain one would be copied for every batch, with all that it holds.
-    """
-    from transformers.cache_utils import DynamicLayer
-
-    class LayerThatRewinds(DynamicLayer):
-        """``held`` are keys and values (rows, heads, room, width); the first ``kept`` tokens are in every row."""
-
-        def __init__(self, most_rows: int, room: int) -> None:
-            super().__init__()
-            self.most_rows, self.room, self.held, self.kept = most_rows, room, (), 0
-
-        def update(self, key_states, value_states, *_args, **_options):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self.held = [each.new_empty(self.most_rows, each.shape[1], self.room, each.shape[3])
-                             for each in (key_states, value_states)]
-            start, rows = self.get_seq_length(), key_states.shape[0]
-            end = start + key_states.shape[2]
-            for held, new in zip(self.held, (key_states, value_states), strict=True):
-                held[:rows, :, start:end] = new
-            self._fill(rows, end)
-            return self.keys, self.values
-
-        def keep(self, num_tokens: int) -> None:
-            """Copy what the first row has read to all rows, to go on from there again and again."""
-            for held in self.held:
-                held[1:, :, :num_tokens] = held[:1, :, :num_tokens]
-            self.kept = num_tokens
-
-        def rewind(self, num_rows: int) -> None:
-            self._fill(num_rows, self.kept)
-
-        def _fill(self, rows: int, end: int) -> None:
-            self.keys, self.values = (held[:rows, :, :end] for held in self.held)
-
-    return LayerThatRewinds

@@ -34,7 +34,7 @@ LEVELS = {
        "charts report_document report_html report_findings report_data report_costs report_snippets report_sections "
        "report_proofs scored paired report_items junit eval_checks intervals claims comparison power sequential "
        "stopwatch launch ranks choices",
-    2: "lean_decoder likelihood speculative "
+    2: "lean_decoder likelihood tree_attention speculative "
        "merging tensor_files "
        "chat turns tokens shorten packing loss flops proof model checkpoint bnb_mend fast preparation "
        "adapter adapter_start adapter_check libraries optimizer trackers template_check "

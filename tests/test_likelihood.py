@@ -1,11 +1,12 @@
 """Likelihoods of continuations: trees against every text by itself, in models of several kinds and odd shapes."""
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 
-from lora_kit import likelihood
+from lora_kit import likelihood, tree_attention
 from lora_kit.engines import Engine, hf
 from lora_kit.types import Question
 
@@ -158,18 +159,70 @@ def test_the_head_is_asked_only_for_rows_that_something_is_predicted_from_and_to
     assert seen == {"tokens": 2 * 23, "rows": 0}
 
 
-def test_a_model_in_which_texts_that_are_read_together_mix_is_read_plainly_and_says_so():
+def deafen(model):
+    """As a model that makes its own mask."""
+    model.register_forward_pre_hook(lambda _model, given, options: (given, {**options, "attention_mask": None}),
+                                    with_kwargs=True)
+
+
+def test_trees_of_a_row_need_no_mask_and_where_they_cannot_be_taken_apart_a_mask_of_the_row_serves(monkeypatch):
+    asked = questions(4) + questions(5, shared=40)
+    for cannot in ("", "set", "softcap", "ignores", "wrong"):
+        model = model_of("llama")
+        expected = one_by_one(model, asked)
+        with monkeypatch.context() as patch:
+            if cannot == "set":
+                patch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+            if cannot == "softcap":
+                patch.setattr(tree_attention, "attend", functools.partial(tree_attention.attend, softcap=3.0))
+            if cannot == "ignores":
+                patch.setattr(tree_attention, "attend", transformers_sdpa())
+            if cannot == "wrong":
+                patch.setattr(tree_attention, "attend", attending_to_all)
+            if not cannot:
+                deafen(model)
+            engine = engine_of(model)
+            check(engine.likelihoods(asked, greedy=True), expected)
+        assert engine._reader.head.packs is not bool(cannot) and not engine.likelihood_note, cannot
+        assert model.config._attn_implementation == "sdpa"
+
+
+def attending_to_all(*given, attend=tree_attention.attend, **options):
+    tree_attention._FOREST.get().mask_N1TT.zero_()
+    return attend(*given, **options)
+
+
+def transformers_sdpa():
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward
+
+
+def test_a_model_in_which_texts_that_are_read_together_mix_is_read_plainly_and_says_so(monkeypatch):
     model = model_of("llama")
-    forward = model.forward
-
-    def deaf(*arguments, attention_mask=None, **options):
-        return forward(*arguments, attention_mask=None, **options)  # as a model that makes its own mask
-
-    model.forward = deaf
+    deafen(model)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     engine, asked = engine_of(model), questions(4)
-    engine._reader.why_plain = ""
     check(engine.likelihoods(asked, greedy=True), one_by_one(model, asked))
     assert "influence each other" in engine.likelihood_note
+
+
+def test_what_texts_begin_with_is_kept_for_the_next_call(monkeypatch):
+    model, read = model_of("llama"), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _module, given: read.append(given[0].numel()))
+    engine, first, second = engine_of(model), questions(1, shared=45), questions(1, shared=45)[2:]
+    engine.likelihoods(first)
+    longer = [Question(context=(*question.context[:45], 5, 6, 7, 8, *question.context[45:]),
+                       continuations=question.continuations) for question in second]
+    shorter = [Question(context=(*question.context[:40], 9, *question.context[45:]),
+                        continuations=question.continuations) for question in second]
+    for asked, num_read in ((second, None), (longer, 4), (shorter, 1), (shorter, None)):
+        read.clear()
+        expected = one_by_one(model, asked)
+        del read[:]
+        check([[type(one)(log_prob=one.log_prob, greedy=hit[1]) for one, hit in zip(ours, theirs, strict=True)]
+               for ours, theirs in zip(engine.likelihoods(asked), expected, strict=True)], expected)
+        assert read[0] == num_read if num_read else len(read) == 1, (read, num_read)
 
 
 class OneByOne(Engine):

@@ -405,7 +405,8 @@ class HfEngine(Engine):
     def close(self) -> None:
         import torch
 
-        self.model = self._lean = self._reader.head.model = None
+        self._reader.close()
+        self.model = self._lean = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
