@@ -251,7 +251,7 @@ def bench(found: Findings) -> Section:
     blocks: list[Block] = [Table(
         columns=("artifact", "engine", "size", "peak memory", "load", "first token", "prefill tok/s", "decode tok/s"),
         rows=rows, numeric=(2, 3, 4, 5, 6, 7),
-        note=f"Medians of {first['repeats']} repeats after one warm-up: batch {first['batch_size']}, "
+        note=f"Medians of {first['repeats']} repeats after a warm-up: batch {first['batch_size']}, "
              f"{first['prompt_tokens']} prompt tokens (random, all different) and {first['new_tokens']} new ones, "
              f"{threads_text(first['threads'])}, on {machine.get('cpu', '–')}. Each artifact in a "
              "fresh process; load includes importing the engine's libraries.")]
