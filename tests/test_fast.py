@@ -217,6 +217,88 @@ def test_bf16_losses_are_those_of_plain_bf16_and_weights_come_back_as_they_were(
         assert after[name].is_contiguous()
 
 
+def bf16_attention():
+    """(net in bf16 with fast layers, its first attention module, inputs of it)."""
+    import torch
+
+    net = random_model("llama").to(torch.bfloat16)
+    fast.use_fast(net, ["linear"])
+    module = net.get_base_model().model.layers[0].self_attn
+    return net, module, torch.randn(2, 7, module.q_proj.base_layer.weight.shape[1], dtype=torch.bfloat16)
+
+
+def outputs_and_gradients(layers, x):
+    import torch
+
+    from lora_kit.fast import linear
+
+    x = x.clone().requires_grad_()
+    parameters = [parameter for layer in layers for parameter in linear.adapter_parameters(layer)]
+    outputs = [layer(x) for layer in layers]
+    return outputs, torch.autograd.grad(sum((0.5 + at) * output.float().square().sum()
+                                            for at, output in enumerate(outputs)), [x, *parameters])
+
+
+def test_layers_of_one_input_are_one_product_with_the_results_of_each():
+    import torch
+
+    net, module, x = bf16_attention()
+    layers = [module.q_proj, module.k_proj, module.v_proj]
+    layers[1].scaling["default"] *= 3  # each has a scale of its own
+    together, gradients = outputs_and_gradients(layers, x)
+    assert len({id(layer._joined) for layer in layers}) == 1 and layers[0]._joined.layers == tuple(layers)
+    for layer in layers:
+        layer.__dict__.pop("_siblings")
+    alone, wanted = outputs_and_gradients(layers, x)
+    assert len({id(layer._joined) for layer in layers}) == 3
+    for one, other in zip([*together, *gradients], [*alone, *wanted], strict=True):
+        assert one.shape == other.shape
+        one, other = one.detach().float(), other.detach().float()
+        assert float((one - other).norm()) < 1e-2 * float(other.norm()) + 1e-6
+    before = [layer.base_layer.weight.clone() for layer in layers]
+    fast.stop_fast(net)
+    assert all(torch.equal(layer.base_layer.weight, weight) and layer.base_layer.weight.is_contiguous()
+               for layer, weight in zip(layers, before, strict=True))
+
+
+def test_layers_that_are_called_otherwise_part():
+    import torch
+
+    _, module, x = bf16_attention()
+    q, k, v = module.q_proj, module.k_proj, module.v_proj
+    other = torch.randn_like(x)
+    wanted = k.base_layer(other) + (k.lora_B["default"](k.lora_A["default"](other)) * k.scaling["default"])
+    q(x)
+    assert "_siblings" in k.__dict__
+    found = k(other)  # as in attention to another sequence
+    assert not any("_siblings" in layer.__dict__ for layer in (q, k, v))
+    assert torch.allclose(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_layers_stay_together_after_a_pass_that_was_left_in_its_middle():
+    _, module, x = bf16_attention()
+    layers = [module.q_proj, module.k_proj, module.v_proj]
+    layers[0](x)  # ran out of memory, say
+    for layer in layers:
+        layer(x)
+    assert all("_siblings" in layer.__dict__ for layer in layers) and not layers[0]._siblings._untaken
+    for _ in range(5):  # a model that never asks for the others
+        layers[0](x)
+    assert not any("_siblings" in layer.__dict__ for layer in layers)
+
+
+def test_layers_part_where_the_input_is_changed_between_them():
+    import torch
+
+    _, module, x = bf16_attention()
+    with torch.no_grad():
+        module.q_proj(x)
+        x += 1
+        found = module.k_proj(x)
+        wanted = module.k_proj(x.clone())
+    assert torch.equal(found, wanted)
+
+
 def test_an_adapter_that_is_switched_off_or_merged_is_served_by_peft():
     import torch
 
@@ -300,12 +382,13 @@ def test_the_proof_catches_a_part_that_is_wrong(monkeypatch):
     reference = proof.Proof(net, rows()[:2], OneProcess, "fp32")
     fast.use_fast(net, FAST_PARTS)
     assert reference.of_path(packed=True)["holds"]
-    right = linear.backward
+    right = linear.backward_of_input
 
-    def without_scale(dy, x, h, w, wants_dx, into=None):
-        return right(dy, x, h, w._replace(scale=1.0), wants_dx, into)
+    def without_scale(dy, w, *others):
+        blocks = tuple(block._replace(scale=1.0) for block in w.blocks)
+        return right(dy, w._replace(blocks=blocks), *others)
 
-    monkeypatch.setattr(linear, "backward", without_scale)
+    monkeypatch.setattr(linear, "backward_of_input", without_scale)
     assert not reference.of_path(packed=True)["holds"]
 
 

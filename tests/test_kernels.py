@@ -53,7 +53,7 @@ def test_gated_activation_of_halves_of_one_array(dtype, kind, activation, scale)
     both, dm = random(5, 46, dtype=dtype, scale=scale), random(5, 23, dtype=dtype, seed=1)
     gate, up = both.chunk(2, dim=1)
     out, again, gradients = (torch.empty_like(tensor) for tensor in (dm, dm, both))
-    compiled.call("gate_forward", dtype, gate, 46, up, 46, out, 5, 23, kind)
+    compiled.call("gate_forward", dtype, gate, 46, up, 46, out, out.stride(0), 5, 23, kind)
     compiled.call("gate_backward", dtype, dm, gate, 46, up, 46, gradients, gradients[:, 23:], 46, again, 5, 23, kind)
     exact = both.double().requires_grad_()
     wanted = activation(exact[:, :23]) * exact[:, 23:]
@@ -116,7 +116,7 @@ def test_what_is_no_number_stays_none(dtype):
     x[0, 3] = math.nan
     y, scale, out = torch.empty_like(x), torch.empty(2), torch.empty_like(x)
     compiled.call("norm_forward", dtype, x, torch.ones(20), y, scale, 2, 20, 1e-5)
-    compiled.call("gate_forward", dtype, x, 20, torch.ones_like(x), 20, out, 2, 20, 0)
+    compiled.call("gate_forward", dtype, x, 20, torch.ones_like(x), 20, out, 20, 2, 20, 0)
     assert y[0].isnan().all() and not y[1].isnan().any() and out.isnan().sum() == 1
     largest, total, hit = torch.full((2,), -torch.inf), torch.zeros(2), torch.zeros(2)
     compiled.call("loss_of_block", dtype, x, torch.tensor([0, 0]), 0, largest, total, hit, 2, 20)

@@ -4,7 +4,7 @@ A model is prepared by giving some of its modules another class (:func:`use_fast
 state stay what they are, and :func:`stop_fast` takes it back. Each part has a name that
 ``train.fast`` lists, serves the modules that it fits, leaves the others as they are and says why:
 
-* ``linear``: a linear layer and its LoRA as one node of autograd;
+* ``linear``: a linear layer and its LoRA as one node of autograd, and layers of one input as one product;
 * ``mlp``: a gated MLP as one node;
 * ``norm``: RMSNorm as one node;
 * ``attention``: attention of packed rows on a CPU as one node, its backward pass as matrix products, where that
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from lora_kit.fast import attention, compiled, head, linear, mlp, norm, rotary
+from lora_kit.fast import attention, compiled, head, linear, mlp, norm, rotary, siblings
 from lora_kit.packing import PER_DOCUMENT
 
 
@@ -92,7 +92,9 @@ def _linear(plain) -> Part:
     from peft.tuners.lora.layer import LoraLayer
 
     modules = [module for module in plain.modules() if isinstance(module, LoraLayer)]
-    return _served(modules, linear.LoraLinear, linear.why_not)
+    part = _served(modules, linear.LoraLinear, linear.why_not)
+    siblings.use(plain)
+    return part
 
 
 def _mlp(plain) -> Part:

@@ -31,7 +31,9 @@ _SOURCE = Path(__file__).with_name("kernels.c")
 _TYPES = {"fp32": ("float", "(value)", "(value)"), "bf16": ("uint16_t", "load_bf16(value)", "store_bf16(value)")}
 _SUFFIXES = {torch.float32: "_fp32", torch.bfloat16: "_bf16"}
 # No -ffast-math: it lets NaN pass unseen, and gcc then switches denormal numbers off in the whole process.
-_FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+# A product and a sum become one instruction, which -std=c11 alone forbids.
+_FLAGS = ["-O3", "-std=c11", "-ffp-contract=fast", "-shared", "-fPIC", "-fno-math-errno",
+          "-fno-trapping-math", "-fno-signed-zeros"]
 _VARIANTS = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])
 _NUMBERS = {"float": ctypes.c_float, "size": ctypes.c_ssize_t, "int": ctypes.c_int}
 _TIMEOUT_SECONDS = 120

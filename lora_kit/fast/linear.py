@@ -6,80 +6,107 @@ product itself, and x and xAᵀ are all that is kept.
 
 In fp32 the term is accumulated into the output (``addmm``). In bf16 that would round xWᵀ before a
 small term is added, which loses most of it in the first steps; there one product over augmented
-matrices is used, ``y = [x, xAᵀ]·[W, sB]ᵀ`` and ``dx = [dy, s·dyB]·[W; A]``, which adds in the
+matrices is used, ``y = [x, xAᵀ]·[W, sB]ᵀ`` and ``dx = [dy, dy·sB]·[W; A]``, which adds in the
 product's own fp32 accumulators. Both augmented matrices are views of one array, which holds W
-itself: no weight is held twice.
+itself: no weight is held twice. Layers that read the same x stand in one array, below each other
+(``siblings.py``): one product each way serves them all.
 
 Shape suffixes: N tokens, C inputs, O outputs, R rank. Reads and writes nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 
-class Weights(NamedTuple):
-    """One linear layer as the products below take it; ``a`` and ``b`` are None where it has no LoRA.
+class Block(NamedTuple):
+    """Where one layer stands in :class:`Weights` of several: its outputs, its ranks, and alpha over rank."""
 
-    ``joined`` is [[W, sB], [A, 0]] of shape (O+R, C+R) where the arithmetic is below fp32, else None.
+    outputs: slice
+    ranks: slice
+    scale: float
+
+
+class Weights(NamedTuple):
+    """One linear layer as the products below take it, or several of one input, below each other.
+
+    ``a`` and ``b`` are None without a LoRA. ``joined`` is [[W, sB], [A, 0]] of shape (O+R, C+R) where the arithmetic is
+    below fp32, else None; ``b`` is sB then, and of several layers each has columns of its own, zero for the others.
     """
 
     weight_OC: torch.Tensor
     bias_O: torch.Tensor | None
     a_RC: torch.Tensor | None
     b_OR: torch.Tensor | None
-    scale: float
+    blocks: tuple[Block, ...]
     joined: torch.Tensor | None
 
 
-def forward(x_NC: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(y_NO, h_NR) with y = xWᵀ + bias + s·hBᵀ and h = xAᵀ."""
+def room_for_input(num_tokens: int, w: Weights, like: torch.Tensor) -> torch.Tensor | None:
+    """An array whose first C columns are for an x that is to be made, so that :func:`forward` need not copy it."""
+    return None if w.joined is None else like.new_empty(num_tokens, w.joined.shape[1])
+
+
+def room_for_gradient(num_tokens: int, w: Weights, like: torch.Tensor) -> torch.Tensor | None:
+    """An array whose first O columns are for a dy that is to be made: the same of :func:`backward_of_input`."""
+    return None if w.joined is None else like.new_empty(num_tokens, w.joined.shape[0])
+
+
+def forward(
+    x_NC: torch.Tensor, w: Weights, room: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y_NO, h_NR) with y = xWᵀ + bias + s·hBᵀ and h = xAᵀ; x may lie in ``room``."""
     if w.a_RC is None:
         return torch.nn.functional.linear(x_NC, w.weight_OC, w.bias_O), None
     h_NR = x_NC @ w.a_RC.t()
     if w.joined is not None:
-        out = w.weight_OC.shape[0]
-        return torch.nn.functional.linear(torch.cat([x_NC, h_NR], 1), w.joined[:out], w.bias_O), h_NR
+        return torch.nn.functional.linear(_beside(x_NC, h_NR, room), w.joined[:len(w.weight_OC)], w.bias_O), h_NR
     y_NO = torch.nn.functional.linear(x_NC, w.weight_OC, w.bias_O)
-    return y_NO.addmm_(h_NR, w.b_OR.t(), alpha=w.scale), h_NR
-
-
-def backward(
-    dy_NO: torch.Tensor, x_NC: torch.Tensor, h_NR: torch.Tensor | None, w: Weights, wants_dx: bool,
-    into: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dx_NC, dA_RC, dB_OR) of :func:`forward`; dx is None unless wanted, and is added to ``into`` when given."""
-    dx_NC, dh_NR = backward_of_input(dy_NO, w, wants_dx, into)
-    return dx_NC, *backward_of_adapter(dy_NO, dh_NR, x_NC, h_NR, w)
+    return y_NO.addmm_(h_NR, w.b_OR.t(), alpha=w.blocks[0].scale), h_NR
 
 
 def backward_of_input(
     dy_NO: torch.Tensor, w: Weights, wants_dx: bool = True, into: torch.Tensor | None = None,
+    room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dx_NC, dh_NR): what :func:`backward` can say without x; dh is None without a LoRA."""
+    """(dx_NC, dh_NR): what of the backward pass needs no x; dy may lie in ``room``, dx is added to ``into``.
+
+    dx is None unless wanted, dh without a LoRA.
+    """
     if w.a_RC is None:
         return (_product(dy_NO, w.weight_OC, into) if wants_dx else None), None
     dh_NR = dy_NO @ w.b_OR
-    dh_NR *= w.scale
+    if w.joined is None:
+        dh_NR *= w.blocks[0].scale
     if not wants_dx:
         return None, dh_NR
     if w.joined is not None:
-        inputs = w.weight_OC.shape[1]
-        return _product(torch.cat([dy_NO, dh_NR], 1), w.joined[:, :inputs], into), dh_NR
+        return _product(_beside(dy_NO, dh_NR, room), w.joined[:, :w.weight_OC.shape[1]], into), dh_NR
     return _product(dy_NO, w.weight_OC, into).addmm_(dh_NR, w.a_RC), dh_NR
 
 
 def backward_of_adapter(
     dy_NO: torch.Tensor, dh_NR: torch.Tensor | None, x_NC: torch.Tensor, h_NR: torch.Tensor | None, w: Weights,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dA_RC, dB_OR), from the dh of :func:`backward_of_input`; None without a LoRA."""
+) -> list[torch.Tensor | None]:
+    """dA_RC and dB_OR of each layer, from the dh of :func:`backward_of_input`; None without a LoRA."""
     if dh_NR is None:
-        return None, None
+        return [None, None]
     # The product with few rows is the fast one of the two that give the same matrix.
-    return dh_NR.t() @ x_NC, (h_NR.t() @ dy_NO).t() * w.scale
+    da_RC, db_RO = dh_NR.t() @ x_NC, h_NR.t() @ dy_NO
+    return [gradient for block in w.blocks
+            for gradient in (da_RC[block.ranks], db_RO[block.ranks, block.outputs].t() * block.scale)]
+
+
+def _beside(left: torch.Tensor, right: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
+    """[left, right]: in ``room``, where left lies already, or copied."""
+    if room is None:
+        return torch.cat([left, right], 1)
+    room[:, left.shape[1]:] = right
+    return room
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
@@ -94,16 +121,25 @@ class LoraLinear:
     def forward(self, x, *args, **kwargs):
         if args or kwargs or not in_plain_use(self):
             return super().forward(x, *args, **kwargs)
-        w = weights_of(self)
-        lora = adapter_parameters(self)
-        y_NO = _Node.apply(x.reshape(-1, x.shape[-1]).to(w.weight_OC.dtype), w, *lora)
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        siblings = self.__dict__.get("_siblings")
+        y = siblings.output_of(self, x) if siblings else None
+        return outputs_of([self], x)[0] if y is None else y
 
 
-class _Node(torch.autograd.Function):
+def outputs_of(layers: Sequence, x: torch.Tensor) -> list[torch.Tensor]:
+    """What LoRA layers make of the same ``x``, as one node; several only below fp32."""
+    w = weights_of(*layers)
+    parameters = [parameter for layer in layers for parameter in adapter_parameters(layer)]
+    y_NO = Node.apply(x.reshape(-1, x.shape[-1]).to(w.weight_OC.dtype), w, *parameters)
+    y = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+    return [y] if len(layers) == 1 else [y[..., block.outputs] for block in w.blocks]
+
+
+class Node(torch.autograd.Function):
+    """:class:`Weights` as one node."""
 
     @staticmethod
-    def forward(ctx, x_NC, w, a_RC, b_OR):
+    def forward(ctx, x_NC, w, *parameters):
         with torch.autocast(x_NC.device.type, enabled=False):
             y_NO, h_NR = forward(x_NC, w)
         ctx.w = w
@@ -114,8 +150,8 @@ class _Node(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_NO):
         x_NC, h_NR = ctx.saved_tensors
-        dx_NC, da_RC, db_OR = backward(dy_NO, x_NC, h_NR, ctx.w, ctx.needs_input_grad[0])
-        return dx_NC, None, da_RC, db_OR
+        dx_NC, dh_NR = backward_of_input(dy_NO, ctx.w, ctx.needs_input_grad[0])
+        return dx_NC, None, *backward_of_adapter(dy_NO, dh_NR, x_NC, h_NR, ctx.w)
 
 
 def why_not(module) -> str | None:
@@ -167,48 +203,93 @@ def adapter_parameters(module) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return module.lora_A[name].weight, module.lora_B[name].weight
 
 
-def weights_of(module) -> Weights:
-    """What :func:`forward` takes of a LoRA layer, or of a plain linear one, in the type of its base's weight."""
-    base = getattr(module, "base_layer", module)
-    if base is module:
-        return Weights(base.weight.detach(), _detached(base.bias), None, None, 1.0, None)
-    a, b = adapter_parameters(module)
-    scale = float(module.scaling[module.active_adapters[0]])
-    weight, dtype = base.weight.detach(), base.weight.dtype
-    if dtype == torch.float32:
-        return Weights(weight, _detached(base.bias), a.detach(), b.detach(), scale, None)
-    out, inputs = weight.shape
-    joined = join(module)
-    made_from = (a._version, b._version, a.data_ptr(), b.data_ptr(), scale)
-    if module.__dict__.get("_joined_from") != made_from:
-        # Once per optimizer step.
-        joined[:out, inputs:] = b.detach() * scale
-        joined[out:, :inputs] = a.detach()
-        module.__dict__["_joined_from"] = made_from
-        module.__dict__["_b"] = b.detach().to(dtype)
-    return Weights(weight, _detached(base.bias), joined[out:, :inputs], module.__dict__["_b"], scale, joined)
+def weights_of(*layers) -> Weights:
+    """What :func:`forward` takes of a LoRA layer, or of a plain linear one, in the type of its base's weight.
+
+    Several have to be LoRA layers of one input and below fp32.
+    """
+    layer = layers[0]
+    base = getattr(layer, "base_layer", layer)
+    weight, bias = base.weight.detach(), _detached(base.bias)
+    if base is layer:
+        return Weights(weight, bias, None, None, (), None)
+    if weight.dtype == torch.float32:
+        a, b = adapter_parameters(layer)
+        return Weights(weight, bias, a.detach(), b.detach(), (Block(slice(None), slice(None), _scale_of(layer)),), None)
+    return joined_of(layers).weights()
 
 
-def join(module) -> torch.Tensor:
-    """The array of ``module`` that holds W, sB and A; made when there is none, W then being a view of it."""
-    base, rank = module.base_layer, adapter_parameters(module)[0].shape[0]
-    joined = module.__dict__.get("_joined")
-    if joined is None or joined.data_ptr() != base.weight.data_ptr():
-        out, inputs = base.weight.shape
-        joined = base.weight.new_zeros(out + rank, inputs + rank)
-        joined[:out, :inputs] = base.weight.detach()
-        base.weight.data = joined[:out, :inputs]
-        module.__dict__["_joined"] = joined
-        module.__dict__.pop("_joined_from", None)
-    return joined
+class Joined:
+    """The array of LoRA layers of one input that holds their W, sB and A; each base's weight becomes a view of it."""
+
+    def __init__(self, layers: Sequence) -> None:
+        self.layers = tuple(layers)
+        bases = [layer.base_layer for layer in layers]
+        outputs, ranks = sum(len(base.weight) for base in bases), sum(map(_rank_of, layers))
+        self.num_outputs, self.num_inputs = outputs, bases[0].weight.shape[1]
+        self.array = bases[0].weight.new_zeros(outputs + ranks, self.num_inputs + ranks)
+        biases = [_detached(base.bias) for base in bases]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.blocks, self._made_from, output, rank = (), None, 0, 0
+        for layer, base in zip(layers, bases, strict=True):
+            block = Block(slice(output, output + len(base.weight)), slice(rank, rank + _rank_of(layer)),
+                          _scale_of(layer))
+            self.blocks += (block,)
+            output, rank = block.outputs.stop, block.ranks.stop
+            self.array[block.outputs, :self.num_inputs] = base.weight.detach()
+            base.weight.data = self.array[block.outputs, :self.num_inputs]
+            layer.__dict__["_joined"] = self
+
+    def holds(self, layers: Sequence) -> bool:
+        """Whether it is that of ``layers``, and their weights still lie in it."""
+        return len(layers) == len(self.layers) and all(
+            one is other and one.base_layer.weight.data_ptr() == self.array[block.outputs].data_ptr()
+            for one, other, block in zip(layers, self.layers, self.blocks, strict=True))
+
+    def weights(self) -> Weights:
+        """It as the products take it, with A and B as they are now."""
+        parameters = [adapter_parameters(layer) for layer in self.layers]
+        made_from = [(a._version, b._version, a.data_ptr(), b.data_ptr(), _scale_of(layer))
+                     for (a, b), layer in zip(parameters, self.layers, strict=True)]
+        if made_from != self._made_from:
+            # Once per optimizer step.
+            self.blocks = tuple(block._replace(scale=_scale_of(layer))
+                                for block, layer in zip(self.blocks, self.layers, strict=True))
+            for (a, b), block in zip(parameters, self.blocks, strict=True):
+                self._right[block.outputs, block.ranks] = b.detach() * block.scale
+                self._below[block.ranks] = a.detach()
+            self._made_from = made_from
+        return Weights(self.array[:self.num_outputs, :self.num_inputs], self.bias, self._below, self._right,
+                       self.blocks, self.array)
+
+    @property
+    def _right(self) -> torch.Tensor:
+        return self.array[:self.num_outputs, self.num_inputs:]
+
+    @property
+    def _below(self) -> torch.Tensor:
+        return self.array[self.num_outputs:, :self.num_inputs]
+
+
+def joined_of(layers: Sequence) -> Joined:
+    """The array of ``layers``; made when there is none, each then leaving the one that it was in."""
+    joined = layers[0].__dict__.get("_joined")
+    return joined if joined is not None and joined.holds(layers) else Joined(layers)
 
 
 def part(module) -> None:
-    """Undo :func:`join`: the base's weight is an array of its own again."""
+    """Undo :func:`joined_of`: the base's weight is an array of its own again."""
+    module.__dict__.pop("_siblings", None)
     if module.__dict__.pop("_joined", None) is not None:
         module.base_layer.weight.data = module.base_layer.weight.detach().contiguous()
-        module.__dict__.pop("_joined_from", None)
-        module.__dict__.pop("_b", None)
+
+
+def _rank_of(layer) -> int:
+    return adapter_parameters(layer)[0].shape[0]
+
+
+def _scale_of(layer) -> float:
+    return float(layer.scaling[layer.active_adapters[0]])
 
 
 def _detached(tensor):

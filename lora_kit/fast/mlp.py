@@ -29,11 +29,20 @@ class GatedMLP:
 
 
 def _run(x, layers, activation: str):
-    weights = [linear.weights_of(layer) for layer in layers]
+    weights = [*_weights(layers), linear.weights_of(layers[-1])]
     parameters = [parameter for layer in layers for parameter in
                   (linear.adapter_parameters(layer) if hasattr(layer, "base_layer") else (None, None))]
     y_NC = _Node.apply(x.reshape(-1, x.shape[-1]).to(weights[0].weight_OC.dtype), activation, weights, *parameters)
     return y_NC.view(*x.shape[:-1], y_NC.shape[-1])
+
+
+def _weights(layers) -> list[linear.Weights]:
+    """Of gate and up: as one where both have a LoRA and stand in one array."""
+    inner = layers[:-1]
+    bases = [getattr(layer, "base_layer", None) for layer in inner]
+    as_one = (len(inner) == 2 and None not in bases and bases[0].weight.dtype != torch.float32
+              and (bases[0].bias is None) == (bases[1].bias is None))
+    return [linear.weights_of(*inner)] if as_one else [linear.weights_of(layer) for layer in inner]
 
 
 class _Node(torch.autograd.Function):
@@ -44,7 +53,8 @@ class _Node(torch.autograd.Function):
             *inner, down = weights
             outs = [linear.forward(x_NC, w) for w in inner]
             gate_NF, up_NF = _halves([out for out, _ in outs])
-            y_NC, h_NR = linear.forward(_gated(activation, gate_NF, up_NF), down)
+            room = linear.room_for_input(len(x_NC), down, x_NC)
+            y_NC, h_NR = linear.forward(_gated(activation, gate_NF, up_NF, room), down, room)
         ctx.activation, ctx.weights = activation, weights
         ctx.save_for_backward(x_NC, h_NR, *(tensor for pair in outs for tensor in pair))
         return y_NC
@@ -57,39 +67,44 @@ class _Node(torch.autograd.Function):
         outs, hidden = kept[::2], kept[1::2]
         gate_NF, up_NF = _halves(outs)
         dm_NF, dh_NR = linear.backward_of_input(dy_NC, down)
-        m_NF, douts = _gated_backward(ctx.activation, dm_NF, gate_NF, up_NF, len(inner))
+        rooms = [linear.room_for_gradient(len(x_NC), w, dm_NF) for w in inner]
+        m_NF, douts = _gated_backward(ctx.activation, dm_NF, gate_NF, up_NF, rooms)
         down_grads = linear.backward_of_adapter(dy_NC, dh_NR, m_NF, h_NR, down)
         dx_NC, grads = None, []
-        for dout, h, w in zip(douts, hidden, inner, strict=True):
-            dx_NC, *pair = linear.backward(dout, x_NC, h, w, ctx.needs_input_grad[0], dx_NC)
-            grads += pair
+        for dout, h, w, room in zip(douts, hidden, inner, rooms, strict=True):
+            dx_NC, dh = linear.backward_of_input(dout, w, ctx.needs_input_grad[0], dx_NC, room)
+            grads += linear.backward_of_adapter(dout, dh, x_NC, h, w)
         return dx_NC, None, None, *grads, *down_grads
 
 
-def _gated(activation: str, gate_NF, up_NF):
-    """act(gate) · up."""
+def _gated(activation: str, gate_NF, up_NF, room: torch.Tensor | None):
+    """act(gate) · up; in the first columns of ``room`` where there is one."""
+    width = gate_NF.shape[1]
+    out_NF = gate_NF.new_empty(gate_NF.shape) if room is None else room[:, :width]
     if activation in _KINDS and compiled.serves(gate_NF, up_NF):
-        out_NF = gate_NF.new_empty(gate_NF.shape)
         compiled.call("gate_forward", gate_NF.dtype, gate_NF, gate_NF.stride(0), up_NF, up_NF.stride(0), out_NF,
-                      *gate_NF.shape, _KINDS[activation])
+                      out_NF.stride(0), *gate_NF.shape, _KINDS[activation])
         return out_NF
-    return _forward(activation, gate_NF).mul_(up_NF)
+    return torch.mul(_forward(activation, gate_NF), up_NF, out=out_NF)
 
 
-def _gated_backward(activation: str, dm_NF, gate_NF, up_NF, num_outs: int):
-    """(act(gate) · up once more, [gradients of gate and up], one beside the other where they are one layer's)."""
+def _gated_backward(activation: str, dm_NF, gate_NF, up_NF, rooms: list[torch.Tensor | None]):
+    """(act(gate) · up once more, [gradients of gate and up], one beside the other where ``rooms`` has one place).
+
+    Each gradient lies in the first columns of its room where there is one.
+    """
+    outs = 2 * gate_NF.shape[1] // len(rooms)
+    douts = [dm_NF.new_empty(len(dm_NF), outs) if room is None else room[:, :outs] for room in rooms]
+    dgate_NF, dup_NF = _halves(douts)
     if activation in _KINDS and compiled.serves(dm_NF, gate_NF, up_NF):
-        again_NF, width = torch.empty_like(dm_NF), gate_NF.shape[1]
-        douts = ([torch.empty_like(dm_NF), torch.empty_like(dm_NF)] if num_outs == 2
-                 else [dm_NF.new_empty(len(dm_NF), 2 * width)])
-        dgate_NF, dup_NF = _halves(douts)
+        again_NF = torch.empty_like(dm_NF)
         compiled.call("gate_backward", dm_NF.dtype, dm_NF, gate_NF, gate_NF.stride(0), up_NF, up_NF.stride(0),
                       dgate_NF, dup_NF, dgate_NF.stride(0), again_NF, *dm_NF.shape, _KINDS[activation])
         return again_NF, douts
     active_NF = _forward(activation, gate_NF)
-    again_NF, dgate_NF = active_NF * up_NF, _backward(activation, dm_NF * up_NF, gate_NF)
-    dup_NF = dm_NF.mul_(active_NF)
-    return again_NF, [dgate_NF, dup_NF] if num_outs == 2 else [torch.cat([dgate_NF, dup_NF], 1)]
+    dgate_NF.copy_(_backward(activation, dm_NF * up_NF, gate_NF))
+    torch.mul(dm_NF, active_NF, out=dup_NF)
+    return active_NF.mul_(up_NF), douts
 
 
 def _halves(outs):
