@@ -21,7 +21,8 @@ or ``--data``. Each measurement is a fresh process; contestants take turns, ``--
 * **TRL, its best**: the fastest of a grid: fp32, bf16 (as above), bf16-weights (under autocast too) × checkpointing
   on and off × padded, length-grouped, padding-free, packing; then torch.compile on the three fastest of those and on
   the defaults. Every setting is tried for a few steps and printed; one that does not run, with its reason. Packing
-  makes blocks of as many tokens as eight rows have on average, one a step.
+  makes blocks of as many tokens as eight rows have on average, one a step. Grouping by length begins with the longest
+  rows: its batches are taken as they are, in an order of which any few are like the epoch.
 * **HF Trainer with peft**: without checkpointing, its default; fp32, bf16 or bf16-weights, whichever is fastest.
 
 Printed for each: useful tokens/s (tokens of rows, padding not counted, over the seconds of the steps after the first
@@ -293,16 +294,22 @@ class Benchmark:
         return found
 
     def screened(self, trainer: str, names: list[str], num_threads: int) -> list[dict[str, Any]]:
-        """Each of ``names`` for a few steps: tokens a second of its fastest step after the first (compiled: second)."""
+        """Each of ``names`` for a few steps: tokens a second of its fastest step after the first (compiled: second).
+
+        Where the trainer chose which rows share a step, of all its steps and of two more: they differ in length.
+        """
         found = []
         for name in names:
             options = options_of(name) if trainer == "trl" else {"precision": name}
             skipped = 1 + bool(options.get("compile"))
-            num_steps = self.arguments.screen_steps + bool(options.get("compile"))
+            own_order = bool(options.get("own_order"))
+            num_steps = self.arguments.screen_steps + bool(options.get("compile")) + 2 * own_order
             answer = self._process(trainer, options=options, threads=num_threads, steps=num_steps)
             entry = {"trainer": trainer, "settings": name, "died": answer.get("died")}
             if "died" not in answer:
-                entry |= {"useful_tokens_per_second": max(speed([step]) for step in answer["steps"][skipped:]),
+                steps = answer["steps"][skipped:]
+                entry |= {"useful_tokens_per_second": speed(steps) if own_order else max(
+                              speed([step]) for step in steps),
                           "peak_memory_bytes": answer["peak_memory_bytes"]}
             found.append(entry)
             print(f"  {trainer:4} {name:46} " + (f"does not run: {entry['died']}" if entry["died"] else (

@@ -176,6 +176,10 @@ def _train_with(trainer_class, config_class, net, request: dict, arguments: dict
             steps[-1]["seconds"], self.ended = now - self.ended, now
 
     class Counted(trainer_class):
+        def _get_train_sampler(self, *given, **named):
+            sampler = super()._get_train_sampler(*given, **named)
+            return Spread(sampler, request["batch_size"]) if arguments.get("train_sampling_strategy") else sampler
+
         def training_step(self, model, inputs, *rest, **options):
             mask = inputs.get("attention_mask")
             processed = inputs["input_ids"].numel()
@@ -195,6 +199,28 @@ def _train_with(trainer_class, config_class, net, request: dict, arguments: dict
         processing_class=chat.load_tokenizer(request["base"]), callbacks=[Clock()], **more)
     trainer.train()
     return {"steps": steps, "first_step_at": begun[0]}
+
+
+class Spread:
+    """A sampler's batches as they are, in an order of which any few are like the whole epoch.
+
+    Grouping by length begins with the longest rows, which cost the least a token: the first steps would be no measure
+    of an epoch.
+    """
+
+    def __init__(self, sampler, batch_size: int) -> None:
+        self.sampler, self.batch_size = sampler, batch_size
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        rows = list(self.sampler)
+        whole = len(rows) // self.batch_size * self.batch_size
+        batches = [rows[start:start + self.batch_size] for start in range(0, whole, self.batch_size)]
+        # Multiples of the golden section lie apart from each other, however many are taken.
+        order = sorted(range(len(batches)), key=lambda place: place * 0.6180339887498949 % 1)
+        return iter([row for place in order for row in batches[place]] + rows[whole:])
 
 
 def _model_with_adapter(request: dict, dtype: str):

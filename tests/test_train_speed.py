@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from benchmarks import train_speed
+from benchmarks import train_speed, train_speed_contestants
 from tests import conftest
 
 
@@ -226,3 +226,15 @@ def test_a_longer_warm_up_is_won_back():
         "starts 20.0 s later and saves 2.00 s a step: won back after 10 steps")
     assert train_speed.won_back({"lora-kit": fast}) is None
     assert "saves nothing" in train_speed.won_back({"lora-kit": figures, "plain": fast})
+
+
+def test_batches_of_a_trainers_own_order_are_spread_over_the_epoch():
+    rows = list(range(275))  # as if sorted by length
+    spread = train_speed_contestants.Spread(rows, 8)
+    found = list(spread)
+    assert sorted(found) == rows and len(spread) == 275 and found[272:] == rows[272:]
+    batches = [found[start:start + 8] for start in range(0, 272, 8)]
+    assert all(batch == list(range(batch[0], batch[0] + 8)) for batch in batches)
+    firsts = [batch[0] for batch in batches]
+    for start in range(30):
+        assert 60 < sum(firsts[start:start + 4]) / 4 < 210, firsts[start:start + 4]
