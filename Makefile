@@ -6,6 +6,9 @@ VENV ?= .venv
 TORCH ?=
 # Further arguments of pytest: make test ARGS="-x tests/test_recipe.py".
 ARGS ?=
+# Files of tests are shared out to the cores, up to four: each holds a model. SHARED_OUT= runs them one by one, as -s
+# and --pdb want it.
+SHARED_OUT ?= -n auto --maxprocesses 4 --dist loadfile
 # The first interpreter that is new enough; 3.11, which the tests run on, is asked first.
 ifndef PYTHON
 PYTHON := $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -42,6 +45,7 @@ help:
 	@echo '                           machine without an NVIDIA GPU name the CPU build: TORCH="torch --index-url URL",'
 	@echo '                           with the URL that the installation page of pytorch.org gives for CPU.'
 	@echo 'ARGS="-x -k recipe"        further arguments of pytest'
+	@echo 'SHARED_OUT=                test files one by one, not shared out to the cores (pytest-xdist)'
 
 demo:
 	@start=$$(date +%s); \
@@ -86,11 +90,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 test: install-dev
 	$(VENV)/bin/python -m tests.fetch
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(SHARED_OUT) $(ARGS)
 
 test-fast: install-dev
 	$(VENV)/bin/python -m tests.fetch --archives-only
-	$(VENV)/bin/python -m pytest -m 'not real_model' $(ARGS)
+	$(VENV)/bin/python -m pytest -m 'not real_model' $(SHARED_OUT) $(ARGS)
 
 lint: install-dev
 	$(VENV)/bin/ruff check .
