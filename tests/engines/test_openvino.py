@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_kit import engines
+from lora_kit.chat import load_tokenizer
 from lora_kit.engines import openvino
-from lora_kit.errors import MachineError
+from lora_kit.errors import MachineError, ModelError
 from lora_kit.quantizers import gguf
 from lora_kit.types import Artifact
 from tests import apart, tiny_run
@@ -54,21 +56,33 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch):
     assert caught.value.todo == 'pip install "lora-kit[openvino]"'
 
 
+def test_a_file_that_ends_its_process_is_refused(tiny_model, tmp_path):
+    gguf.quantize(tiny_model, tmp_path, "f16")
+    with pytest.raises(ModelError, match="weights in fp16"):
+        openvino._vocabulary(str(tmp_path / "model.gguf"))
+    gguf.quantize(tiny_model, tmp_path / "q", "q8_0")
+    assert openvino._vocabulary(str(tmp_path / "q" / "model.gguf")) == 320
+
+
 @installed
 @pytest.mark.real_model
 def test_answers_times_and_counters(smollm2_base, tmp_path):
-    gguf.quantize(smollm2_base, tmp_path, "f16")
+    gguf.quantize(smollm2_base, tmp_path, "q8_0")
     artifact = Artifact(name="q", path=str(tmp_path / "model.gguf"), kind="gguf", tokenizer=str(smollm2_base))
-    with engines.open_engine(artifact, prefer="hf") as reference:
-        prompts = [reference.tokenizer(text)["input_ids"] for text in (
-            "The capital of France is", "One, two, three, four, five, six, seven,")]
-        expected = [list(one.tokens) for one in reference.generate(prompts, max_new_tokens=6, ignore_stop=True)]
+    tokenizer = load_tokenizer(smollm2_base)
+    prompts = [tokenizer(text)["input_ids"] for text in (
+        "The capital of France is", "One, two, three, four, five, six, seven,")]
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, json.dumps(artifact.as_dict()), json.dumps(prompts)], cwd=ROOT,
         capture_output=True, text=True, timeout=500, env=tiny_run.environment(**apart.environment()))
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["num_tokens"] == 49152 and said["answers"] == expected and said["first"] == expected[0][0]
+    assert said["num_tokens"] == 49152 and said["first"] == said["answers"][0][0]
+    with engines.open_engine(artifact, prefer="hf") as reference:
+        for prompt, answer in zip(prompts, said["answers"], strict=True):
+            rows_KV = reference.log_probs([*prompt, *answer])[len(prompt) - 1:-1]
+            # The same weights in other types: its choice is the reference's, but for near ties.
+            assert len(answer) == 6 and (rows_KV.max(1) - rows_KV[np.arange(6), answer]).max() < 0.3
     assert said["time"]["tokens_generated"] == 6 and said["time"]["decode_seconds"] > 0
     counted = said["counters"]
     assert counted["prompt_tokens"] == len(prompts[1]) and counted["generated_tokens"] == 6
