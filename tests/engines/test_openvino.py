@@ -60,8 +60,8 @@ def test_a_file_that_ends_its_process_is_refused(tiny_model, tmp_path):
     gguf.quantize(tiny_model, tmp_path, "f16")
     with pytest.raises(ModelError, match="weights in fp16"):
         openvino._vocabulary(str(tmp_path / "model.gguf"))
-    gguf.quantize(tiny_model, tmp_path / "q", "q8_0")
-    assert openvino._vocabulary(str(tmp_path / "q" / "model.gguf")) == 320
+    gguf.quantize(tiny_model, tmp_path, "q8_0")
+    assert openvino._vocabulary(str(tmp_path / "model.gguf")) == 320
 
 
 @installed
