@@ -17,7 +17,6 @@ K rows of the head, V vocabulary, D width. Torch is imported when something is s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +61,7 @@ class Reader:
                  cache_key: str) -> None:
         self.head, self.why_plain, self.noise = Head(model), why_plain, None
         self._group, self._cache_key, self._beginning = group, cache_key, Beginning()
+        self._packs_texts, self._texts_agree = True, False
 
     def read(self, questions: Sequence[Question], *, greedy: bool = False,
              apart: bool = False) -> list[list[Likelihood]]:
@@ -106,6 +106,32 @@ class Reader:
         return trees(self.head, questions, groups, greedy=greedy, batch_tokens=batch_tokens,
                      cache_key=self._cache_key, beginning=self._beginning)
 
+    def sums(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+             alone: Callable[[Sequence[int], Sequence[int]], float]) -> list[float]:
+        """The summed log-probability of each text's tokens at its positions; many short texts make a row.
+
+        Args:
+            texts: tokens, and positions of some of them, not the first, in rising order.
+            alone: reads one text by itself: the rest is held to it on some texts, and it reads all where need be.
+        """
+        import torch
+
+        may = self._packs_texts and self.head.packs and not self.why_plain
+        short = [number for number, (tokens, positions) in enumerate(texts)
+                 if may and len(positions) and len(tokens) <= BATCH_TOKENS // 2]
+        found: dict[int, float] = {}
+        if len(short) > 1:
+            chains = {number: _chain(*texts[number]) for number in short}
+            with torch.inference_mode():
+                scored = _score_rows(self.head, chains, [], 0, False, BATCH_TOKENS, self._cache_key)
+            found = {number: one.log_prob for number, [one] in scored.items()}
+        for number in sorted(found, key=lambda number: len(texts[number][0]))[:0 if self._texts_agree else 2]:
+            if not self._is_rounding(found[number], alone(*texts[number])):
+                self._packs_texts, found = False, {}
+                break
+        self._texts_agree = self._texts_agree or bool(found)
+        return [found[number] if number in found else alone(*texts[number]) for number in range(len(texts))]
+
     def close(self) -> None:
         """Let go of the model and of what was kept of it."""
         self.head.model, self._beginning = None, Beginning()
@@ -142,6 +168,8 @@ class Tree:
     def sees_TT(self) -> np.ndarray:
         """(T, T) bool: whether the token of a row sees that of a column."""
         size = len(self.tokens)
+        if self.parents == list(range(-1, size - 1)):
+            return np.tri(size, dtype=bool)
         sees = np.zeros((size, size), bool)
         for place, parent in enumerate(self.parents):
             if parent >= 0:
@@ -178,6 +206,15 @@ def tree_of(question: Question, num_shared: int = 0) -> Tree:
     return tree
 
 
+def _chain(tokens: Sequence[int], positions: Sequence[int]) -> Tree:
+    """A text as a tree without branches, of which the tokens at ``positions`` are one continuation."""
+    last = int(positions[-1])
+    # The last token is predicted and not read.
+    return Tree(tokens=[int(token) for token in tokens[:last]], parents=list(range(-1, last - 1)),
+                depths=list(range(last)), rows=[int(place) - 1 for place in positions],
+                scores=[(0, row, int(tokens[place])) for row, place in enumerate(positions)])
+
+
 def trees(head: Head, questions: Sequence[Question], groups: Sequence[tuple[Sequence[int], int]], *, greedy: bool,
           batch_tokens: int = BATCH_TOKENS, cache_key: str = "past_key_values",
           beginning: Beginning | None = None) -> list[list[Likelihood]]:
@@ -193,32 +230,37 @@ def trees(head: Head, questions: Sequence[Question], groups: Sequence[tuple[Sequ
     """
     import torch
 
-    from lora_kit import tree_attention
-
     model, found = head.model, {}
     beginning = beginning or Beginning()
-    most_rows = max(1, LOGITS // _vocabulary(model))
     with torch.inference_mode():
         for group, num_shared in groups:
             made = {number: tree_of(questions[number], num_shared) for number in group}
-            sizes = {number: (len(tree.tokens), len(tree.rows)) for number, tree in made.items()}
             before = beginning.read(model, questions[group[0]].context[:num_shared], cache_key)
-            score = functools.partial(_score_trees, head, before=before, num_shared=num_shared, greedy=greedy,
-                                      cache_key=cache_key)
-
-            def read(most_tokens, sizes=sizes, made=made, score=score):
-                return [(number, one) for batch in _rows(sizes, most_tokens, most_rows)
-                        for number, one in zip(batch, score([made[number] for number in batch]), strict=True)]
-
-            if head.packs:
-                with tree_attention.served(model) as head.packs:
-                    try:
-                        found.update(read(batch_tokens) if head.packs else ())
-                    except tree_attention.Unserved:
-                        head.packs = False
-            if not head.packs:
-                found.update(read(min(batch_tokens, MASKED_TOKENS)))
+            found.update(_score_rows(head, made, before, num_shared, greedy, batch_tokens, cache_key))
     return [found[number] for number in range(len(questions))]
+
+
+def _score_rows(head: Head, made: dict[int, Tree], before: list[tuple[Any, Any]], num_shared: int, greedy: bool,
+                batch_tokens: int, cache_key: str) -> dict[int, list[Likelihood]]:
+    """The likelihoods of each tree's continuations; ``before`` is what the first ``num_shared`` tokens left."""
+    from lora_kit import tree_attention
+
+    sizes = {number: (len(tree.tokens), len(tree.rows)) for number, tree in made.items()}
+    most_rows = max(1, LOGITS // _vocabulary(head.model))
+
+    def read(most_tokens: int) -> dict[int, list[Likelihood]]:
+        return {number: one for batch in _rows(sizes, most_tokens, most_rows)
+                for number, one in zip(batch, _score_trees(head, [made[number] for number in batch], before, num_shared,
+                                                           greedy, cache_key), strict=True)}
+
+    if head.packs:
+        with tree_attention.served(head.model) as head.packs:
+            try:
+                if head.packs:
+                    return read(batch_tokens)
+            except tree_attention.Unserved:
+                head.packs = False
+    return read(min(batch_tokens, MASKED_TOKENS))
 
 
 class Beginning:
@@ -298,7 +340,7 @@ def plain(head: Head, questions: Sequence[Question], *, greedy: bool,
 
 def _score_trees(head: Head, batch: list[Tree], before: list[tuple[Any, Any]], num_shared: int, greedy: bool,
                  cache_key: str) -> list[list[Likelihood]]:
-    """The likelihoods of ``batch`` in one forward pass; ``before`` is what the first ``num_shared`` tokens left."""
+    """The likelihoods of ``batch``, in one forward pass; the rest as in :func:`_score_rows`."""
     import torch
 
     from lora_kit import tree_attention

@@ -138,6 +138,13 @@ class KnownEngine:
                                   lambda values_K: numpy.asarray(values_K, "<f4").tobytes(), read)
         return found
 
+    def summed_log_probs(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """As the engine's."""
+        keys = [request_key("summed_log_probs", list(map(int, tokens_T)), list(map(int, positions_K)))
+                for tokens_T, positions_K in texts]
+        return self._answered(keys, lambda places: self._real().summed_log_probs([texts[place] for place in places]),
+                              lambda value: json.dumps(value).encode(), lambda value: float(json.loads(value)))
+
     def likelihoods(self, questions: Sequence[Question], *, greedy: bool = False,
                     apart: bool = False) -> list[list[Likelihood]]:
         """As the engine's."""

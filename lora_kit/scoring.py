@@ -17,6 +17,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,9 @@ class _Subject:
         if not chosen:
             return []
         engine, scored = self.engine(generates=False), []
-        for row in chosen:
+        for row, (loss, num_trained) in zip(chosen, trained_losses(engine, [examples[row] for row in chosen]),
+                                            strict=True):
             example = examples[row]
-            loss, num_trained = trained_loss(engine, example)
             error = "no trained token" if not num_trained else None if math.isfinite(loss) else f"the loss is {loss}"
             score = ItemScore(item_id=held_out_id(example.origin, row), score=None if error else loss / num_trained,
                               cluster=example.origin, reason=f"{num_trained} trained tokens", error=error,
@@ -177,16 +178,20 @@ class _Subject:
         engine, scored = self.engine(generates=False), []
         tokenizer = engine.tokenizer
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        for item in asked:
+        read = [numpy.array([first, *tokenizer(item["target"], add_special_tokens=False)["input_ids"]], numpy.int64)
+                for item in asked]
+        fitting = [index for index, tokens_T in enumerate(read)
+                   if not self.max_tokens or len(tokens_T) <= self.max_tokens]
+        sums = dict(zip(fitting, engine.summed_log_probs(
+            [(read[index], numpy.arange(1, len(read[index]))) for index in fitting]), strict=True))
+        for index, item in enumerate(asked):
             text = item["target"]
-            tokens_T = numpy.array([first, *tokenizer(text, add_special_tokens=False)["input_ids"]], numpy.int64)
             num_bytes, bits, error = len(text.encode()), math.nan, None
-            if self.max_tokens and len(tokens_T) > self.max_tokens:
-                error = f"a text of {len(tokens_T)} tokens does not fit into {self.max_tokens}"
-            else:
-                chosen_K = engine.token_log_probs(tokens_T, numpy.arange(1, len(tokens_T)))
-                bits = -float(chosen_K.sum(dtype=numpy.float64)) / math.log(2)
+            if index in sums:
+                bits = -sums[index] / math.log(2)
                 error = None if math.isfinite(bits) else f"its log-probability is {-bits}"
+            else:
+                error = f"a text of {len(read[index])} tokens does not fit into {self.max_tokens}"
             score = ItemScore(item_id=item["item_id"], score=None if error else bits / num_bytes, prompt=text,
                               cluster=item["cluster"], reason=f"{num_bytes} bytes", error=error)
             scored.append({"task": task, "metric": BITS, **score.as_dict(), "weight": num_bytes})
@@ -302,14 +307,13 @@ def _functions_in_user_turn(messages: list[dict[str, Any]], tools: list[dict[str
     return [*messages[:first], asked, *messages[first + 1:]]
 
 
-def trained_loss(engine, example: Example) -> tuple[float, int]:
-    """Summed nats over the trained tokens of ``example`` and their number; the first token is predicted by nothing."""
-    tokens_T = numpy.asarray(example.tokens_T, dtype=numpy.int64)
-    positions_K = numpy.flatnonzero(example.loss_mask_T[1:]) + 1
-    if not len(positions_K):
-        return 0.0, 0
-    chosen_K = engine.token_log_probs(tokens_T, positions_K)
-    return -float(chosen_K.sum(dtype=numpy.float64)), len(positions_K)
+def trained_losses(engine, examples: Sequence[Example]) -> list[tuple[float, int]]:
+    """Summed nats over the trained tokens of each example and their number; a first token is predicted by nothing."""
+    positions = [numpy.flatnonzero(example.loss_mask_T[1:]) + 1 for example in examples]
+    sums = engine.summed_log_probs([(numpy.asarray(example.tokens_T, dtype=numpy.int64), positions_K)
+                                    for example, positions_K in zip(examples, positions, strict=True)])
+    return [(-value if len(positions_K) else 0.0, len(positions_K))
+            for value, positions_K in zip(sums, positions, strict=True)]
 
 
 def score_all(name: str, predictions: list[str], asked: list[dict[str, Any]]) -> list[dict[str, Any]]:

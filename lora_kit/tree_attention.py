@@ -26,6 +26,11 @@ NAME = "lora_kit_trees"
 """Name under which transformers knows :func:`attend`."""
 
 
+_SHORT = 256
+"""Tokens of a tree up to which queries that share a key stand in one matrix: the mask is repeated for it. (Of longer
+ones keys are repeated, as the mask is larger.)"""
+
+
 class Unserved(Exception):
     """The model attends in a way that :func:`attend` does not know."""
 
@@ -111,8 +116,13 @@ def attend(module, query_1HMD, key_1GMD, value_1GMD, _mask, dropout: float = 0.0
 
     query_NGSD = query_MGRD.index_select(0, forest.places_N_T).view(num_trees, longest, groups, shared, size)
     query_NGSD = query_NGSD.permute(0, 2, 3, 1, 4).reshape(num_trees, groups, shared * longest, size)
-    mask_N1ST = forest.mask_N1TT.repeat(1, 1, shared, 1)
-    out_NGSD, log_NGS = _attend(query_NGSD, apart(key_1GMD[0]), apart(value_1GMD[0]), mask_N1ST, scale)
+    keys, values, mask = apart(key_1GMD[0]), apart(value_1GMD[0]), forest.mask_N1TT
+    if longest <= _SHORT:
+        mask = mask.repeat(1, 1, shared, 1)
+    else:
+        query_NGSD = query_NGSD.view(num_trees, heads, longest, size)
+        keys, values = (each.repeat_interleave(shared, 1) for each in (keys, values))
+    out_NGSD, log_NGS = _attend(query_NGSD, keys, values, mask, scale)
 
     def together(tensor_NGS):
         tensor = tensor_NGS.reshape(num_trees, groups, shared, longest, -1).permute(0, 3, 1, 2, 4)

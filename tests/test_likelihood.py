@@ -225,6 +225,35 @@ def test_what_texts_begin_with_is_kept_for_the_next_call(monkeypatch):
         assert read[0] == num_read if num_read else len(read) == 1, (read, num_read)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma", "mistral, window", "mamba", "bloom"])
+def test_sums_over_some_tokens_of_many_texts_are_those_of_each_text_by_itself(kind, monkeypatch):
+    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 120)
+    monkeypatch.setattr(tree_attention, "_SHORT", 20)
+    model, generator = model_of(kind), np.random.default_rng(3)
+    texts = []
+    for size in (2, 70, 5, 30, 31, 12, 58, 3, 40, 1):  # 70: too long to share a row
+        tokens = generator.integers(3, 97, size).tolist()
+        texts.append((tokens, sorted(generator.choice(range(1, size), (size + 1) // 2, replace=False).tolist())
+                      if size > 2 else list(range(1, size))))
+    engine = engine_of(model)
+    expected = Engine.summed_log_probs(engine, texts)
+    read = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _module, given: read.append(given[0].shape))
+    for _ in range(2):
+        read.clear()
+        assert np.allclose(engine.summed_log_probs(texts), expected, atol=1e-4) and expected[-1] == 0.0
+    num_read, together = sum(int(np.prod(shape)) for shape in read), kind in ("llama", "gpt2", "gemma")
+    assert (len(read) < len(texts) - 2) is together and num_read <= sum(len(tokens) for tokens, _ in texts)
+
+
+def test_texts_that_disturb_each_other_in_a_row_are_read_alone(monkeypatch):
+    model = model_of("llama")
+    texts = [([5 * n, 7, 9 + n, 11, 4], [2, 3, 4]) for n in range(1, 6)]
+    expected = Engine.summed_log_probs(engine_of(model), texts)
+    monkeypatch.setattr(tree_attention, "attend", attending_to_all)
+    assert np.allclose(engine_of(model).summed_log_probs(texts), expected, atol=1e-5)
+
+
 class OneByOne(Engine):
     """An engine that has log-probabilities of a text and nothing quicker."""
 

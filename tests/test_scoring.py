@@ -6,6 +6,7 @@ import numpy
 import pytest
 
 from lora_kit import chat, scoring, tokens
+from lora_kit.engines import Engine
 from lora_kit.errors import MachineError, RecipeError
 from lora_kit.suite import GenerateTask
 from lora_kit.types import Artifact, Conversation, Example, Message
@@ -95,8 +96,9 @@ def test_a_row_without_trained_tokens_is_an_error(artifact, tmp_path):
 def test_only_trained_positions_are_asked_of_a_model_that_may_compute_in_fp32(artifact, data_dir, monkeypatch):
     opened = []
 
-    class Engine:
+    class Fake(Engine):
         name, tokenizer = "fake", chat.load_tokenizer(artifact.path)
+        generate = log_probs = tokens_after = time_once = Engine.stream
 
         def token_log_probs(self, tokens_T, positions_K):
             return numpy.full(len(positions_K), -0.5, numpy.float32)
@@ -104,7 +106,7 @@ def test_only_trained_positions_are_asked_of_a_model_that_may_compute_in_fp32(ar
         def close(self):
             pass
 
-    monkeypatch.setattr(scoring, "open_engine", lambda artifact, **options: opened.append(options) or Engine())
+    monkeypatch.setattr(scoring, "open_engine", lambda artifact, **options: opened.append(options) or Fake())
     _, lines = score(artifact, data_dir)
     assert [line["score"] for line in lines["merged"]] == [0.5] * 3
     assert [options["dtype"] for options in opened] == ["fastest"]

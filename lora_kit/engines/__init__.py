@@ -88,6 +88,14 @@ class Engine(ABC):
         tokens_T, positions_K = np.asarray(tokens_T, dtype=np.int64), checked_positions(tokens_T, positions_K)
         return self.log_probs(tokens_T.tolist())[positions_K - 1, tokens_T[positions_K]]
 
+    def summed_log_probs(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """For each of ``texts``, as :meth:`token_log_probs` takes them, the sum of what it gives, in float64.
+
+        An engine that can read several texts together has its own.
+        """
+        return [float(self.token_log_probs(tokens_T, positions_K).sum(dtype=np.float64))
+                for tokens_T, positions_K in texts]
+
     def likelihoods(self, questions: Sequence[Question], *, greedy: bool = False,
                     apart: bool = False) -> list[list[Likelihood]]:
         """How likely each continuation of each question is; the log-probabilities of its tokens, summed.

@@ -331,6 +331,10 @@ class HfEngine(Engine):
             return torch.cat([torch.log_softmax(part_V.float(), dim=-1).gather(-1, token[:, None])[:, 0]
                               for part_V, token in parts]).cpu().numpy()
 
+    def summed_log_probs(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        checked = [(tokens_T, checked_positions(tokens_T, positions_K)) for tokens_T, positions_K in texts]
+        return self._reader.sums(checked, lambda *text: super(HfEngine, self).summed_log_probs([text])[0])
+
     def tokens_after(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
         import torch
 
