@@ -1,4 +1,4 @@
-"""Packages that only their own tests see: a folder beside the environment's own packages, filled by the Makefile.
+"""Packages that only the processes of their own tests see, in a folder of the environment that the Makefile fills.
 
 ``python -m tests.apart`` prints what is to be installed there.
 """

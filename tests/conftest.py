@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
 # A shell ignores SIGINT for what it starts in the background, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from tests import apart  # noqa: E402 - after the environment is set
-
-sys.path.append(str(apart.FOLDER))  # here; the processes that tests start see it by apart.environment()
-
-from lora_kit import sources  # noqa: E402
+from lora_kit import sources  # noqa: E402 - after the environment is set
 from lora_kit.errors import LoraKitError  # noqa: E402
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +15,7 @@ from lora_kit import certificate, delta, isolate
 from lora_kit.adapter_check import check_adapter
 from lora_kit.errors import ModelError, RecipeError
 from lora_kit.types import Artifact
-from tests import fake_run, tiny
+from tests import fake_run, tiny, tiny_run
 
 
 class Made(NamedTuple):
@@ -60,12 +63,21 @@ def check_close_and_smaller(made: Made, recording: Path, *, most_kl: float, engi
 
 def check_change(made: Made, *, within: float, noise: Sequence[float]) -> None:
     """Its weights hold the adapter's change, all of it ``within`` a share, under ``noise`` in units of it."""
-    from lora_kit.engines.hf import load
-
-    with load(Artifact(name="q", path=str(made.quantized), kind="hf")) as engine:
-        kept = delta.measure(check_adapter(made.base, made.adapter), delta.of_model(engine.model))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.quantizers.made_forms", *map(str, (made.base, made.adapter, made.quantized))],
+        cwd=tiny_run.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = json.loads(done.stdout)
     assert kept["missing"] == [] and kept["projection"] == pytest.approx(1, abs=within)
     assert noise[0] < kept["noise"] < noise[1]
+
+
+def change_kept(base: str, adapter: str, quantized: str) -> dict:
+    """What the form's weights hold of the adapter's change."""
+    from lora_kit.engines.hf import load
+
+    with load(Artifact(name="q", path=quantized, kind="hf")) as engine:
+        return delta.measure(check_adapter(Path(base), Path(adapter)), delta.of_model(engine.model))
 
 
 def check_refusals(quantizer, type: str, monkeypatch, install: str) -> None:
@@ -77,3 +89,7 @@ def check_refusals(quantizer, type: str, monkeypatch, install: str) -> None:
         quantizer.check({"quantization_config": {"quant_method": "gptq"}}, type)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert quantizer.missing() == install
+
+
+if __name__ == "__main__":
+    print(json.dumps(change_kept(*sys.argv[1:])))
