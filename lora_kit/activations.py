@@ -26,6 +26,8 @@ HEAD_BYTES = 2**26
 """Bytes of logits that it holds at a time with compiled kernels, at least of HEAD_SLICE positions."""
 _BLOCK = 256
 """Queries of a block in the fast path's attention (``fast/attention.py``)."""
+_MULTIPLE = 32
+"""Rows are filled up to a multiple of it there."""
 _INPUT_BYTES = 8 * 3
 """Token, label and position of a token, as 64-bit integers."""
 
@@ -199,10 +201,10 @@ def kept_bytes(shape: Shape, lora: LoraSection, path: Path, work: Pass) -> float
 def layer_moment_bytes(shape: Shape, lora: LoraSection, path: Path, work: Pass) -> float:
     """Bytes beside what is kept, at the worst moment of one layer's backward pass.
 
-    Fast, a token: with kernels w·(4·F + H), in 16 bits w·(5·F + 2·H); without 5·w·F, in 16 bits w·(4·F + 4·H); in
-    16 bits the largest weight once more, laid out for the product. Plain: 2·w·F in fp32; in 16 bits 3·w·F + 5·w·H. With
+    Fast, a token: with kernels 4·w·F; without 5·w·F, in 16 bits 7·w·F; in 16 bits the largest weight once more, laid
+    out for the product. Plain: 2·w·F in fp32; in 16 bits 3·w·F + 5·w·H. With
     checkpointing the whole layer is made again first. Long rows: the probabilities of a block of queries in attention's
-    own backward pass, by when the MLP's part is gone.
+    own backward pass and its filled-up copies of a row, by when the MLP's part is gone.
     """
     w, inner, hidden = path.width, shape.intermediate_size, shape.hidden_size
     if shape.num_expert_layers == shape.num_layers:
@@ -211,22 +213,26 @@ def layer_moment_bytes(shape: Shape, lora: LoraSection, path: Path, work: Pass) 
     again = layer_bytes(shape, lora, path, work) - (w * hidden * tokens if w == 4 or "norm" in path.fast else 0) \
         if path.checkpointing else 0
     if "mlp" in path.fast:
-        wide, narrow = {(True, 4): (4, 1), (True, 2): (5, 2), (False, 4): (5, 0), (False, 2): (4, 4)}[
-            "kernels" in path.fast, w]
-        mlp = tokens * w * ((wide + shape.fused) * inner + narrow * hidden)
+        wide = {(True, 4): 4, (True, 2): 4, (False, 4): 5, (False, 2): 7}["kernels" in path.fast, w]
+        mlp = tokens * w * (wide + shape.fused) * inner
     else:
         copies = 0 if w == 4 else 2 * hidden if "linear" in path.fast else inner + (
             hidden if path.checkpointing else 5 * hidden)
         mlp = tokens * w * (2 * inner + copies)
     scratch = w * inner * hidden if w != 4 else 0
     heads, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    attention = tokens * w * ((4 if "attention" in path.fast else 2) * heads + 2 * keys)
+    attention = tokens * w * (2 * heads + 2 * keys)
     if path.attention == "eager":
         length = tokens if path.packed else work.longest
         attention += shape.num_heads * tokens * length * 4 * 2
     elif "attention" in path.fast:
-        each = 2 * w if "kernels" in path.fast else 8 if w == 4 else 10.5
-        attention += shape.num_heads * min(_BLOCK, work.longest) * work.longest * each
+        each = 2 * w if "kernels" in path.fast else 8 if w == 4 else 12
+        padded = -(-work.longest // _MULTIPLE) * _MULTIPLE
+        whole = padded // _BLOCK * _BLOCK
+        scores = max(min(_BLOCK, whole) * whole, (padded - whole) * padded)
+        attention += shape.num_heads * scores * each + padded * w * (3 * heads + 4 * keys)
+        if padded > _BLOCK:  # a block's queries and gradients, copied
+            attention += w * _BLOCK * 3 * heads
     freed = tokens * _mlp(shape, path, targets_of(shape, lora) & {"gate_proj", "up_proj", "gate_up_proj"},
                           "down_proj" in targets_of(shape, lora), lora)
     return again + max(mlp + scratch, attention - freed)

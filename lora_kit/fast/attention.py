@@ -138,6 +138,7 @@ def _gradients(query_HTD, dout_HTD, key_GSD, value_GSD, log_HT, delta_HT, scale,
         dquery_HTD[:, first:last] = torch.bmm(ds, key).view(heads, last - first, size)
         dkey_GSD[:, :num_keys] += torch.bmm(ds.transpose(1, 2), query)
         dvalue_GSD[:, :num_keys] += torch.bmm(p.transpose(1, 2), dout)
+        del p, ds, query, dout  # before the next block's are made
     return dquery_HTD[:, :length], dkey_GSD, dvalue_GSD
 
 

@@ -132,7 +132,10 @@ def outputs_of(layers: Sequence, x: torch.Tensor) -> list[torch.Tensor]:
     parameters = [parameter for layer in layers for parameter in adapter_parameters(layer)]
     y_NO = Node.apply(x.reshape(-1, x.shape[-1]).to(w.weight_OC.dtype), w, *parameters)
     y = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
-    return [y] if len(layers) == 1 else [y[..., block.outputs] for block in w.blocks]
+    if len(layers) == 1:
+        return [y]
+    # Values are kept as they are until the backward pass; as a view they would keep queries and keys too.
+    return [*(y[..., block.outputs] for block in w.blocks[:-1]), y[..., w.blocks[-1].outputs].contiguous()]
 
 
 class Node(torch.autograd.Function):

@@ -70,6 +70,7 @@ class _Node(torch.autograd.Function):
         rooms = [linear.room_for_gradient(len(x_NC), w, dm_NF) for w in inner]
         m_NF, douts = _gated_backward(ctx.activation, dm_NF, gate_NF, up_NF, rooms)
         down_grads = linear.backward_of_adapter(dy_NC, dh_NR, m_NF, h_NR, down)
+        del dm_NF, m_NF
         dx_NC, grads = None, []
         for dout, h, w, room in zip(douts, hidden, inner, rooms, strict=True):
             dx_NC, dh = linear.backward_of_input(dout, w, ctx.needs_input_grad[0], dx_NC, room)
@@ -93,18 +94,26 @@ def _gated_backward(activation: str, dm_NF, gate_NF, up_NF, rooms: list[torch.Te
 
     Each gradient lies in the first columns of its room where there is one.
     """
-    outs = 2 * gate_NF.shape[1] // len(rooms)
-    douts = [dm_NF.new_empty(len(dm_NF), outs) if room is None else room[:, :outs] for room in rooms]
-    dgate_NF, dup_NF = _halves(douts)
     if activation in _KINDS and compiled.serves(dm_NF, gate_NF, up_NF):
-        again_NF = torch.empty_like(dm_NF)
+        douts = _places(dm_NF, 2 * gate_NF.shape[1] // len(rooms), rooms)
+        again_NF, (dgate_NF, dup_NF) = torch.empty_like(dm_NF), _halves(douts)
         compiled.call("gate_backward", dm_NF.dtype, dm_NF, gate_NF, gate_NF.stride(0), up_NF, up_NF.stride(0),
                       dgate_NF, dup_NF, dgate_NF.stride(0), again_NF, *dm_NF.shape, _KINDS[activation])
         return again_NF, douts
     active_NF = _forward(activation, gate_NF)
-    dgate_NF.copy_(_backward(activation, dm_NF * up_NF, gate_NF))
-    torch.mul(dm_NF, active_NF, out=dup_NF)
-    return active_NF.mul_(up_NF), douts
+    again_NF, dgate_NF = active_NF * up_NF, _backward(activation, dm_NF * up_NF, gate_NF)
+    dup_NF = dm_NF.mul_(active_NF)
+    if len(rooms) == 2 and None in rooms:
+        return again_NF, [dgate_NF, dup_NF]
+    del active_NF
+    douts = _places(dm_NF, 2 * gate_NF.shape[1] // len(rooms), rooms)
+    for place, gradient in zip(_halves(douts), (dgate_NF, dup_NF), strict=True):
+        place.copy_(gradient)
+    return again_NF, douts
+
+
+def _places(like: torch.Tensor, width: int, rooms: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [like.new_empty(len(like), width) if room is None else room[:, :width] for room in rooms]
 
 
 def _halves(outs):
