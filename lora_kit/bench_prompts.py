@@ -15,8 +15,7 @@ from typing import Any
 
 from lora_kit import rows
 from lora_kit.errors import DataError
-from lora_kit.formats import UnusableRow
-from lora_kit.items import question_and_answer
+from lora_kit.items import questions_of
 from lora_kit.rundir import Run
 
 _WORDS = ("time year people way day man thing woman life child world school state family student group country problem "
@@ -82,12 +81,9 @@ def of_run(run: Run) -> list[Prompt]:
         for item in json.loads(path.read_text(encoding="utf-8"))["items"]:
             if item["messages"] and not item.get("likelihood"):  # texts and choices are read, not answered
                 found.append(Prompt(messages=item["messages"], tools=tuple(item["tools"])))
-    for conversation in [] if found else rows.read_held_out(run.stage_dir("data")):
-        try:
-            question, _ = question_and_answer(conversation)
-        except UnusableRow:
-            continue
-        found.append(Prompt(messages=[message.as_dict() for message in question], tools=tuple(conversation.tools)))
+    if not found:
+        found = [Prompt(messages=messages, tools=tuple(tools))
+                 for messages, tools in questions_of(rows.read_held_out(run.stage_dir("data")))]
     distinct = {json.dumps([prompt.messages, prompt.tools], sort_keys=True): prompt for prompt in found}
     if not distinct:
         raise DataError(str(run.path), "asks nothing that could be answered", "leave out --prompts-of")

@@ -15,7 +15,6 @@ from typing import Any
 
 from lora_kit import bench_retrieval, events, hardware, isolate, items, rows, suite
 from lora_kit.errors import DataError, MachineError, RecipeError
-from lora_kit.formats import UnusableRow
 from lora_kit.recipe import BenchSection, ModelSection, Recipe
 from lora_kit.recipe_serving import RetrievalSection, SpeculativeSection
 from lora_kit.report_serving import PARTS
@@ -130,21 +129,12 @@ def prompts_of(recipe: Recipe, run: Run, number: int) -> list[dict[str, Any]]:
                 continue  # the evaluation says so
             asked.append([{"messages": item.messages, "tools": item.tools} for item in made])
     if not any(asked):
-        asked = [list(_questions(held_out))]
+        asked = [[{"messages": messages, "tools": tools} for messages, tools in items.questions_of(held_out)]]
     found = [each for turn in range(number) for task in asked for each in task[turn:turn + 1]][:number]
     if len(found) < number:
         raise RecipeError("bench", f"the recipe's evaluation asks {len(found)} prompts where {number} are to be "
                           "answered", "raise data.held_out_rows, or name a suite with a task that generates")
     return found
-
-
-def _questions(held_out: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    for conversation in held_out:
-        try:
-            messages, _ = items.question_and_answer(conversation)
-        except UnusableRow:
-            continue
-        yield {"messages": [message.as_dict() for message in messages], "tools": list(conversation.tools)}
 
 
 def _assistant(run: Run, reference: str) -> Artifact:

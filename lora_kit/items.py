@@ -214,6 +214,16 @@ def question_and_answer(conversation: Conversation) -> tuple[list[Message], Mess
     return list(conversation.messages[:last]), conversation.messages[last]
 
 
+def questions_of(conversations: Iterable[Conversation]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """(messages before the last assistant turn, tools offered) of those ``conversations`` that ask something."""
+    for conversation in conversations:
+        try:
+            question, _ = question_and_answer(conversation)
+        except UnusableRow:
+            continue
+        yield [message.as_dict() for message in question], list(conversation.tools)
+
+
 def _rows(task: Task, held_out: list[Conversation]) -> Iterator[tuple[str, dict[str, Any], rows.Read]]:
     source = task.spec.data
     if source.source == HELD_OUT:

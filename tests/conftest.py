@@ -46,6 +46,14 @@ def place(tmp_path, tiny_model, monkeypatch):
     return Workplace(tmp_path / "recipes", tiny_model)
 
 
+@pytest.fixture
+def finished_world(tiny_model, tmp_path_factory, tmp_path, monkeypatch):
+    """A copy of a finished run of the tiny model (tests/tiny_run.py), and the command line in its folder."""
+    from tests import tiny_run
+
+    return tiny_run.copy(tiny_run.finished(tiny_model, tmp_path_factory), tmp_path).use(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def smollm2_base() -> Path:
     """Folder of the default base, SmolLM2-135M-Instruct in bf16."""

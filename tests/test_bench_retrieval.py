@@ -6,10 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from lora_kit import bench_retrieval, isolate, report_serving
+from lora_kit import bench_retrieval, report_serving
 from lora_kit.errors import DataError
-from tests import tiny, tiny_run
-from tests.tiny_run import World
+from tests import tiny
 
 TEXTS = ["the cat sat on a mat", "a dog ran in the park", "stars and planets move", "bread needs salt and flour"]
 
@@ -132,19 +131,12 @@ def test_what_a_corpus_may_be(tmp_path):
             bench_retrieval.corpus_texts(corpus, tmp_path)
 
 
-@pytest.fixture
-def done(tiny_model, tmp_path_factory, tmp_path, monkeypatch) -> World:
-    """A copy of a finished run."""
-    monkeypatch.setattr(isolate, "call", tiny_run.call_here)
-    return tiny_run.copy(tiny_run.finished(tiny_model, tmp_path_factory), tmp_path).use(monkeypatch)
-
-
-def test_the_verb_measures_retrieval_and_adapters(done):
-    told = done.lora_kit("bench", done.run, "--retrieval", "2", "--adapters", "1,2")
+def test_the_verb_measures_retrieval_and_adapters(finished_world):
+    told = finished_world.lora_kit("bench", finished_world.run, "--retrieval", "2", "--adapters", "1,2")
     assert told.returncode == 0, told.stderr
     assert "Retrieval for merged: 8 questions, 2 passages of 200 tokens from python:stdlib" in told.stdout
     assert "Adapters unmerged: 8 prompts" in told.stdout and "2 on one base" in told.stdout
-    serving = json.loads((done.run / "bench" / "bench.json").read_text())["serving"]
+    serving = json.loads((finished_world.run / "bench" / "bench.json").read_text())["serving"]
     found, rows = serving["retrieval"], serving["adapters"]["rows"]
     assert found["indexed"] == 256 and all(
         400 < read - plain < 500 for plain, read in zip(found["plain"]["prompt_tokens"], found["read"]["prompt_tokens"],
@@ -152,15 +144,15 @@ def test_the_verb_measures_retrieval_and_adapters(done):
     assert [row["adapters"] for row in rows] == [1, 2]
     assert rows[1]["resident_bytes"] - rows[0]["resident_bytes"] == serving["adapters"]["adapter_bytes"] > 0
     assert rows[1]["process_bytes_added"] is not None and rows[0]["measured"]["num_pairs"] == 8
-    report = done.lora_kit("report", done.run)
-    text = (done.run / "report" / "report.md").read_text()
+    report = finished_world.lora_kit("report", finished_world.run)
+    text = (finished_world.run / "report" / "report.md").read_text()
     assert report.returncode == 0 and "Retrieval for merged" in text and "Adapters unmerged" in text
 
 
-def test_a_corpus_that_is_not_there_is_told_before_anything_is_measured(done):
-    told = done.lora_kit("bench", f"{done.run}/merged", "--retrieval", "2000")
+def test_a_corpus_that_is_not_there_is_told_before_anything_is_measured(finished_world):
+    told = finished_world.lora_kit("bench", f"{finished_world.run}/merged", "--retrieval", "2000")
     assert told.returncode == 4 and "passages" in told.stderr and len(told.stderr.strip().splitlines()) == 1
-    text = done.recipe.read_text()
-    done.recipe.write_text(text.replace("bench: {", 'bench: {"retrieval": {"corpus": "nowhere"}, '))
-    told = done.lora_kit("run", done.recipe)
+    text = finished_world.recipe.read_text()
+    finished_world.recipe.write_text(text.replace("bench: {", 'bench: {"retrieval": {"corpus": "nowhere"}, '))
+    told = finished_world.lora_kit("run", finished_world.recipe)
     assert told.returncode == 4 and "nowhere: no such file" in told.stderr

@@ -6,11 +6,10 @@ import json
 import pytest
 import torch
 
-from lora_kit import bench_speculative, isolate, report_serving, speculative
+from lora_kit import bench_speculative, report_serving, speculative
 from lora_kit.errors import ModelError
-from tests import tiny, tiny_run
+from tests import tiny
 from tests.test_lean_decoder import build
-from tests.tiny_run import World
 
 PROMPTS = [[5 + row, 9, 30 + row, 7, 11] for row in range(8)]
 
@@ -121,28 +120,21 @@ def test_an_assistant_with_another_tokenizer_is_refused(tiny_model, tmp_path):
         bench_speculative.check_tokenizers(own, other)
 
 
-@pytest.fixture
-def done(tiny_model, tmp_path_factory, tmp_path, monkeypatch) -> World:
-    """A copy of a finished run."""
-    monkeypatch.setattr(isolate, "call", tiny_run.call_here)
-    return tiny_run.copy(tiny_run.finished(tiny_model, tmp_path_factory), tmp_path).use(monkeypatch)
-
-
-def test_the_verb_measures_a_run_and_one_artifact(done):
-    told = done.lora_kit("bench", done.run, "--assistant", "base")
+def test_the_verb_measures_a_run_and_one_artifact(finished_world):
+    told = finished_world.lora_kit("bench", finished_world.run, "--assistant", "base")
     assert told.returncode == 0, told.stderr
     assert "Speculative decoding of merged: 8 prompts" in told.stdout and "assistant base" in told.stdout
-    found = json.loads((done.run / "bench" / "bench.json").read_text())["serving"]["speculative"]
+    found = json.loads((finished_world.run / "bench" / "bench.json").read_text())["serving"]["speculative"]
     assert [way["way"] for way in found["ways"]] == ["plain", "prompt lookup", "assistant", "plain, own loop"]
     assert found["artifact"] == "merged" and all(way["measured"] for way in found["ways"][1:])
-    report = done.lora_kit("report", done.run)
+    report = finished_world.lora_kit("report", finished_world.run)
     assert report.returncode == 0, report.stderr
-    assert "Speculative decoding of merged" in (done.run / "report" / "report.md").read_text()
-    before = (done.run / "recipe.yaml").read_text(), (done.run / "lock.json").read_text()
-    single = done.lora_kit("bench", f"{done.run}/adapter", "--speculative")
+    assert "Speculative decoding of merged" in (finished_world.run / "report" / "report.md").read_text()
+    before = (finished_world.run / "recipe.yaml").read_text(), (finished_world.run / "lock.json").read_text()
+    single = finished_world.lora_kit("bench", f"{finished_world.run}/adapter", "--speculative")
     assert single.returncode == 0, single.stderr
     assert "Speculative decoding of adapter" in single.stdout and "assistant base" in single.stdout
-    assert before == ((done.run / "recipe.yaml").read_text(), (done.run / "lock.json").read_text())
+    assert before == ((finished_world.run / "recipe.yaml").read_text(), (finished_world.run / "lock.json").read_text())
 
 
 @pytest.mark.parametrize(("arguments", "code", "said"), [
@@ -150,6 +142,6 @@ def test_the_verb_measures_a_run_and_one_artifact(done):
     (("{run}/merged", "--assistant", "gguf-q8_0"), 2, "not run by transformers"),
     (("{run}/gguf-q8_0", "--speculative"), 2, "transformers"),
     (("model", "--speculative"), 2, "lies in no run")])
-def test_what_cannot_be_measured_is_one_line(done, arguments, code, said):
-    told = done.lora_kit("bench", *(each.format(run=done.run) for each in arguments))
+def test_what_cannot_be_measured_is_one_line(finished_world, arguments, code, said):
+    told = finished_world.lora_kit("bench", *(each.format(run=finished_world.run) for each in arguments))
     assert told.returncode == code and said in told.stderr and len(told.stderr.strip().splitlines()) == 1

@@ -8,13 +8,11 @@ import pytest
 
 from lora_kit import calibration, plan_record
 from lora_kit.errors import DataError
-from tests import tiny_run
 
 
 @pytest.fixture
-def world(tiny_model, tmp_path_factory, tmp_path, monkeypatch):
-    finished = tiny_run.finished(tiny_model, tmp_path_factory)
-    return tiny_run.copy(finished, tmp_path / "world").use(monkeypatch) or finished
+def world(finished_world):
+    return finished_world
 
 
 def test_a_run_is_set_beside_its_forecast(world):

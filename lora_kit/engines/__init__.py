@@ -20,14 +20,16 @@ Reads the artifact; writes nothing.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_kit.errors import MachineError, RecipeError
+from lora_kit.errors import MachineError, ModelError, RecipeError
 from lora_kit.model_files import configured_stop_ids as configured_stop_ids
 from lora_kit.types import Artifact, Generation, Likelihood, Question
 
@@ -58,7 +60,6 @@ class Engine(ABC):
     batches_likelihoods: bool = False
     """Whether :meth:`likelihoods` depends, by rounding, on which questions it is given together."""
 
-    @abstractmethod
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False,
         until: Sequence[Sequence[str]] = (),
@@ -66,12 +67,27 @@ class Engine(ABC):
         """Greedy answers to ``prompts`` (token ids), in their order.
 
         An answer ends before a stop token or a stop string (``stopped`` is then True) or after ``max_new_tokens``;
-        with ``ignore_stop`` always after ``max_new_tokens``.
+        with ``ignore_stop`` always after ``max_new_tokens``. An engine that can answer several together has its own.
 
         Args:
             until: the stop strings of each prompt; empty: none has any. Text after the first of them is not kept; of
                 the tokens those that it stands in are.
         """
+        answers, stops = [], stop_strings(self.tokenizer, until, len(prompts), ignore_stop)
+        for prompt, strings in zip(prompts, stops, strict=True):
+            # One by one: an answer does not depend on what it shares a batch with.
+            tokens, stopped = [], False
+            for token in self.tokens_after(prompt, max_new_tokens):
+                stopped = token in self.stop_ids and not ignore_stop
+                if stopped:
+                    break
+                tokens.append(token)
+                if strings.reached(tokens):
+                    break
+            text, cut = strings.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            answers.append(Generation(tokens=tuple(tokens), stopped=stopped or cut, text=text))
+        return answers
+
 
     @abstractmethod
     def log_probs(self, tokens: Sequence[int]) -> np.ndarray:
@@ -198,6 +214,38 @@ def stop_strings(tokenizer: Any, until: Sequence[Sequence[str]], num_prompts: in
     if len(given) != num_prompts:
         raise ValueError(f"{len(given)} lists of stop strings for {num_prompts} prompts")
     return [StopStrings(tokenizer, strings) for strings in given]
+
+
+def opened_gguf(artifact: Artifact, engine: str, package: str) -> tuple[Any, set[int]]:
+    """(tokenizer, ids that end an answer) of the GGUF file ``artifact``, for an engine that needs ``package``.
+
+    The ids are not the file's own list, which engines make by the tokens' names: every engine stops at the same.
+
+    Raises:
+        MachineError: the package is not installed.
+        ModelError: it is no GGUF file, or no tokenizer is named beside it.
+    """
+    from lora_kit.chat import load_tokenizer, stop_token_ids
+
+    owed = missing(engine)
+    if owed:
+        raise MachineError(f"engine {engine}", f"{package} is not installed", owed)
+    if artifact.kind != "gguf":
+        raise ModelError(artifact.path, "is not a GGUF file", "quantize the model to GGUF first")
+    if artifact.tokenizer is None:
+        raise ModelError(artifact.path, "names no tokenizer folder", "name the folder of the model it was made from")
+    tokenizer = load_tokenizer(artifact.tokenizer)
+    return tokenizer, {*stop_token_ids(tokenizer), *configured_stop_ids(Path(artifact.tokenizer))}
+
+
+def threads_of(threads: int | None) -> int:
+    """``threads``, or OMP_NUM_THREADS, or as many as the process may use.
+
+    As torch does: a second thread on a core that someone else keeps busy costs more than it gives.
+    """
+    from lora_kit.hardware import usable_cores
+
+    return threads or int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
 
 
 def checked_positions(tokens_T: Sequence[int], positions_K: Sequence[int]) -> np.ndarray:

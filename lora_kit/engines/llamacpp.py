@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_kit.chat import load_tokenizer, stop_token_ids
-from lora_kit.engines import Engine, configured_stop_ids, stop_strings
+from lora_kit.engines import Engine, opened_gguf, threads_of
 from lora_kit.errors import MachineError, ModelError
-from lora_kit.types import Artifact, Generation, Likelihood, Question
+from lora_kit.types import Artifact, Likelihood, Question
 
 BATCH_TOKENS = 512
 """Tokens handed to llama.cpp at once."""
@@ -50,15 +47,7 @@ def load(
         MachineError: llama-cpp-python is not installed.
         ModelError: llama.cpp cannot read the file, or no tokenizer is named beside it.
     """
-    if missing():
-        raise MachineError("engine llamacpp", "llama-cpp-python is not installed", missing() or "")
-    if artifact.kind != "gguf":
-        raise ModelError(artifact.path, "is not a GGUF file", "quantize the model to GGUF first")
-    if artifact.tokenizer is None:
-        raise ModelError(artifact.path, "names no tokenizer folder", "name the folder of the model it was made from")
-    tokenizer = load_tokenizer(artifact.tokenizer)
-    # Not llama.cpp's own list of end tokens, which goes by their names: every engine stops at the same.
-    stop_ids = {*stop_token_ids(tokenizer), *configured_stop_ids(Path(artifact.tokenizer))}
+    tokenizer, stop_ids = opened_gguf(artifact, "llamacpp", "llama-cpp-python")
     return LlamaCppEngine(artifact.path, tokenizer, stop_ids=stop_ids, threads=threads)
 
 
@@ -82,8 +71,6 @@ class LlamaCppEngine(Engine):
 
     def __init__(self, path: str, tokenizer: Any, *, stop_ids: Iterable[int], threads: int | None = None,
                  counts: bool = False) -> None:
-        from lora_kit.hardware import usable_cores
-
         try:
             import llama_cpp
         except (ImportError, OSError, RuntimeError) as error:  # installed, and its library does not load here
@@ -91,8 +78,7 @@ class LlamaCppEngine(Engine):
                                f"install it again: {_INSTALL} --force-reinstall") from None
 
         self._lib, self.tokenizer = llama_cpp, tokenizer
-        # As torch does: a second thread on a core that someone else keeps busy costs more than it gives.
-        self._threads = threads or int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
+        self._threads = threads_of(threads)
         self._context, self._context_size, self._counts = None, (0, 0), counts
         self._noise: float | None = None
         self._model = None
@@ -113,25 +99,6 @@ class LlamaCppEngine(Engine):
         self.num_tokens = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.stop_ids = tuple(sorted(stop_ids))
         self.name = "llama.cpp"
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False,
-        until: Sequence[Sequence[str]] = (),
-    ) -> list[Generation]:
-        answers, stops = [], stop_strings(self.tokenizer, until, len(prompts), ignore_stop)
-        for prompt, strings in zip(prompts, stops, strict=True):
-            # One by one: an answer does not depend on what it shares a batch with.
-            tokens, stopped = [], False
-            for token in self.tokens_after(prompt, max_new_tokens):
-                stopped = token in self.stop_ids and not ignore_stop
-                if stopped:
-                    break
-                tokens.append(token)
-                if strings.reached(tokens):
-                    break
-            text, cut = strings.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
-            answers.append(Generation(tokens=tuple(tokens), stopped=stopped or cut, text=text))
-        return answers
 
     def tokens_after(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
         self._fresh_context(len(prompt) + max_new_tokens, 1)

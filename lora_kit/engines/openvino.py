@@ -12,20 +12,17 @@ times are taken by this process's clock as its tokens come; what OpenVINO counts
 from __future__ import annotations
 
 import importlib.util
-import os
 import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_kit.chat import load_tokenizer, stop_token_ids
-from lora_kit.engines import Engine, configured_stop_ids, stop_strings
+from lora_kit.engines import Engine, opened_gguf, threads_of
 from lora_kit.errors import MachineError, ModelError
-from lora_kit.types import Artifact, Generation
+from lora_kit.types import Artifact
 
 _INSTALL = 'pip install "lora-kit[openvino]"'
 _END = object()
@@ -49,14 +46,7 @@ def load(
         MachineError: openvino-genai is not installed.
         ModelError: it cannot read the file, or no tokenizer is named beside it.
     """
-    if missing():
-        raise MachineError("engine openvino", "openvino-genai is not installed", missing() or "")
-    if artifact.kind != "gguf":
-        raise ModelError(artifact.path, "is not a GGUF file", "quantize the model to GGUF first")
-    if artifact.tokenizer is None:
-        raise ModelError(artifact.path, "names no tokenizer folder", "name the folder of the model it was made from")
-    tokenizer = load_tokenizer(artifact.tokenizer)
-    stop_ids = {*stop_token_ids(tokenizer), *configured_stop_ids(Path(artifact.tokenizer))}
+    tokenizer, stop_ids = opened_gguf(artifact, "openvino", "openvino-genai")
     return OpenVinoEngine(artifact.path, tokenizer, stop_ids=stop_ids, threads=threads)
 
 
@@ -79,8 +69,6 @@ class OpenVinoEngine(Engine):
     device = "cpu"
 
     def __init__(self, path: str, tokenizer: Any, *, stop_ids: Iterable[int], threads: int | None = None) -> None:
-        from lora_kit.hardware import usable_cores
-
         try:
             import openvino
             import openvino_genai
@@ -95,30 +83,12 @@ class OpenVinoEngine(Engine):
             # requests, and a repeated prompt then takes no time.
             self._pipeline = openvino_genai.LLMPipeline(
                 str(path), "CPU", ATTENTION_BACKEND="SDPA",
-                INFERENCE_NUM_THREADS=threads or int(os.environ.get("OMP_NUM_THREADS") or usable_cores()))
+                INFERENCE_NUM_THREADS=threads_of(threads))
         except RuntimeError as error:
             text = " ".join(str(error).split())[-200:]
             raise ModelError(str(path), f"OpenVINO GenAI cannot read this file ({text})",
                              "leave out --engine openvino: llama.cpp reads more kinds") from None
         self._counted: Any = None
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False,
-        until: Sequence[Sequence[str]] = (),
-    ) -> list[Generation]:
-        answers, stops = [], stop_strings(self.tokenizer, until, len(prompts), ignore_stop)
-        for prompt, strings in zip(prompts, stops, strict=True):
-            tokens, stopped = [], False
-            for token in self.tokens_after(prompt, max_new_tokens):
-                stopped = token in self.stop_ids and not ignore_stop
-                if stopped:
-                    break
-                tokens.append(token)
-                if strings.reached(tokens):
-                    break
-            text, cut = strings.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
-            answers.append(Generation(tokens=tuple(tokens), stopped=stopped or cut, text=text))
-        return answers
 
     def log_probs(self, tokens: Sequence[int]) -> np.ndarray:
         raise MachineError("engine openvino", "gives no log-probabilities", "score the file with llama.cpp or "

@@ -58,9 +58,8 @@ class Siblings:
             layer.__dict__.pop("_siblings", None)
 
 
-def use(plain) -> int:
-    """Let the layers of ``plain`` that ``linear`` serves and that read one input by their names do so; how many do."""
-    found = 0
+def use(plain) -> None:
+    """Let the layers of ``plain`` that ``linear`` serves and that read one input by their names do so."""
     for module in plain.modules():
         layers = [getattr(module, name, None) for name in _NAMES]
         if not all(isinstance(layer, linear.LoraLinear) for layer in layers):
@@ -69,5 +68,3 @@ def use(plain) -> int:
         alike = len({(base.weight.shape[1], base.weight.dtype, base.bias is None) for base in bases}) == 1
         if alike and bases[0].weight.dtype != torch.float32:
             Siblings(layers)
-            found += len(layers)
-    return found

@@ -20,7 +20,6 @@ from lora_kit.errors import MachineError, ModelError
 from lora_kit.quantizers import gguf
 from lora_kit.types import Artifact
 from tests import apart, tiny_run
-from tests.tiny_run import World
 
 ROOT = Path(__file__).parent.parent.parent
 THERE = importlib.util.find_spec("openvino_genai") is not None or (apart.FOLDER / "openvino_genai").is_dir()
@@ -92,16 +91,11 @@ def test_answers_times_and_counters(smollm2_base, tmp_path):
     assert len(said["errors"]) == 2 and "one prompt at a time" in said["errors"][0]
 
 
-@pytest.fixture
-def done(tiny_model, tmp_path_factory, tmp_path, monkeypatch) -> World:
-    return tiny_run.copy(tiny_run.finished(tiny_model, tmp_path_factory), tmp_path).use(monkeypatch)
-
-
-def test_the_verb_takes_the_engine_for_gguf_files(done):
-    told = done.lora_kit("bench", f"{done.run}/gguf-q8_0", "--engine", "hf", "--threads", "1")
+def test_the_verb_takes_the_engine_for_gguf_files(finished_world):
+    told = finished_world.lora_kit("bench", f"{finished_world.run}/gguf-q8_0", "--engine", "hf", "--threads", "1")
     assert told.returncode == 0 and "dequantized" in told.stdout, told.stderr
-    refused = done.lora_kit("bench", f"{done.run}/merged", "--engine", "hf")
+    refused = finished_world.lora_kit("bench", f"{finished_world.run}/merged", "--engine", "hf")
     assert refused.returncode == 2 and "--engine is for a GGUF file" in refused.stderr
     if importlib.util.find_spec("openvino_genai") is None:
-        missing = done.lora_kit("bench", f"{done.run}/gguf-q8_0", "--engine", "openvino")
+        missing = finished_world.lora_kit("bench", f"{finished_world.run}/gguf-q8_0", "--engine", "openvino")
         assert missing.returncode == 6 and 'pip install "lora-kit[openvino]"' in missing.stderr
