@@ -16,8 +16,8 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_kit import speed_ratio
+from lora_kit.bench_sweep import once, whole
 from lora_kit.chat import prompt_ids
-from lora_kit.errors import InternalError
 from lora_kit.types import Artifact
 
 
@@ -37,7 +37,7 @@ def measure(adapter: dict[str, Any], merged: dict[str, Any], *, asked: Sequence[
     """
     from lora_kit.engines import open_engine
 
-    with open_engine(Artifact(**merged), threads=threads, prefer="hf") as whole, \
+    with open_engine(Artifact(**merged), threads=threads, prefer="hf") as whole_model, \
             open_engine(Artifact(**adapter), threads=threads, prefer="hf") as switched:
         model = switched.model
         prompts = [prompt_ids(switched.tokenizer, each["messages"], each["tools"], tools_mode=tools_mode)
@@ -55,22 +55,22 @@ def measure(adapter: dict[str, Any], merged: dict[str, Any], *, asked: Sequence[
                 names.append(name)
             model.eval()
             grown = _process_bytes() - grown
-            plain, own, switches = _take_turns(whole, switched, names, prompts, new_tokens)
+            plain, own, switches = _take_turns(whole_model, switched, names, prompts, new_tokens)
             merged_times += plain
-            ratio = speed_ratio.of_pairs([_whole(each) for each in plain], [_whole(each) for each in own])
+            ratio = speed_ratio.of_pairs([whole(each) for each in plain], [whole(each) for each in own])
             rows.append({"adapters": number, "resident_bytes": all_bytes + (number - 1) * own_bytes,
                          "process_bytes_added": grown / added if added else None,
                          "switch_seconds": statistics.median(switches), **_speeds(own, new_tokens),
                          "measured": {**asdict(ratio), "verdict": ratio.verdict}})
-        merged_bytes = sum(each.numel() * each.element_size() for each in whole.model.parameters())
-        return {"engine": switched.name, "merged_engine": whole.name, "own_loop": whole.has_own_loop,
+        merged_bytes = sum(each.numel() * each.element_size() for each in whole_model.model.parameters())
+        return {"engine": switched.name, "merged_engine": whole_model.name, "own_loop": whole_model.has_own_loop,
                 "threads": threads, "prompts": len(prompts),
                 "prompt_tokens": statistics.mean(map(len, prompts)), "new_tokens": new_tokens,
                 "base_bytes": all_bytes - own_bytes, "adapter_bytes": own_bytes,
                 "merged": {"bytes": merged_bytes, **_speeds(merged_times, new_tokens)}, "rows": rows}
 
 
-def _take_turns(whole: Any, switched: Any, names: Sequence[str], prompts: Sequence[Sequence[int]], new_tokens: int
+def _take_turns(merged: Any, switched: Any, names: Sequence[str], prompts: Sequence[Sequence[int]], new_tokens: int
                 ) -> tuple[list[dict[str, float]], list[dict[str, float]], list[float]]:
     """(the merged model's times, the adapters' times, seconds of each switch), a prompt each."""
     plain, own, switches = [], [], []
@@ -80,23 +80,11 @@ def _take_turns(whole: Any, switched: Any, names: Sequence[str], prompts: Sequen
                 started = time.perf_counter()
                 switched.model.set_adapter(names[turn % len(names)])
                 spent = time.perf_counter() - started
-                own.append(_once(switched, prompt, new_tokens))
+                own.append(once(switched, [prompt], new_tokens))
                 switches.append(spent)
             else:
-                plain.append(_once(whole, prompt, new_tokens))
+                plain.append(once(merged, [prompt], new_tokens))
     return plain[1:], own[1:], switches[1:]  # the first warms up
-
-
-def _once(engine: Any, prompt: Sequence[int], new_tokens: int) -> dict[str, float]:
-    taken = engine.time_once([prompt], new_tokens)
-    if taken["tokens_generated"] != new_tokens:
-        raise InternalError(f"engine {engine.name}", f"generated {taken['tokens_generated']} tokens where {new_tokens} "
-                            "were asked for", "run again with --debug and report it")
-    return taken
-
-
-def _whole(taken: dict[str, float]) -> float:
-    return taken["first_token_seconds"] + taken["decode_seconds"]
 
 
 def _speeds(times: Sequence[dict[str, float]], new_tokens: int) -> dict[str, float]:

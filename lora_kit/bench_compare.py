@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit import bench, hardware, isolate
-from lora_kit.errors import DataError, InternalError
+from lora_kit.bench_sweep import once
+from lora_kit.errors import DataError
 from lora_kit.speed_ratio import FEWEST_PAIRS, SpeedRatio, fails, of_pairs
 from lora_kit.types import Artifact
 
@@ -81,19 +82,15 @@ def take_turns(engines: Sequence[Any], *, prompt_tokens: int, new_tokens: int, b
     prompts = bench.random_prompts(first.tokenizer, vocabulary, num=batch_size * most, length=prompt_tokens, seed=seed)
     batches = iter([prompts[start:start + batch_size] for start in range(0, len(prompts), batch_size)])
 
-    def once(engine, batch) -> tuple[dict[str, float], float]:
+    def timed(engine, batch) -> tuple[dict[str, float], float]:
         started = clock()
-        taken = engine.time_once(batch, new_tokens)
-        if taken["tokens_generated"] != batch_size * new_tokens:
-            raise InternalError(f"engine {engine.name}", f"generated {taken['tokens_generated']} tokens where "
-                                f"{batch_size * new_tokens} were asked for", "run again with --debug and report it")
-        return taken, clock() - started
+        return once(engine, batch, new_tokens), clock() - started
 
     warm_ups: list[list[float]] = [[], []]
     for _ in range(MOST_WARM_UPS):
         batch = next(batches)
         for engine, spent in zip(engines, warm_ups, strict=True):
-            spent.append(once(engine, batch)[1])
+            spent.append(timed(engine, batch)[1])
         if all(len(spent) > 1 and abs(spent[-1] - spent[-2]) <= STABLE * spent[-2] for spent in warm_ups):
             break
     num_pairs = max(FEWEST_PAIRS, min(MOST_PAIRS, int(seconds / sum(spent[-1] for spent in warm_ups))))
@@ -101,7 +98,7 @@ def take_turns(engines: Sequence[Any], *, prompt_tokens: int, new_tokens: int, b
     for pair in range(num_pairs):
         batch = next(batches)
         for side in ((0, 1), (1, 0))[pair % 2]:
-            times[side].append(once(engines[side], batch)[0])
+            times[side].append(timed(engines[side], batch)[0])
     return times, warm_ups
 
 

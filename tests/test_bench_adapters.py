@@ -21,14 +21,14 @@ def pair(tiny_model, tmp_path) -> tuple[dict, dict]:
 def test_each_number_is_measured_with_the_adapters_in_turn(pair, monkeypatch):
     asked = [{"messages": [{"role": "user", "content": f"say {number}"}], "tools": []} for number in range(8)]
     active = []
-    once = bench_adapters._once
+    once = bench_adapters.once
 
-    def watched(engine, prompt, new_tokens):
+    def watched(engine, batch, new_tokens):
         if hasattr(engine.model, "peft_config"):
             active.append((len(engine.model.peft_config), engine.model.active_adapter))
-        return once(engine, prompt, new_tokens)
+        return once(engine, batch, new_tokens)
 
-    monkeypatch.setattr(bench_adapters, "_once", watched)
+    monkeypatch.setattr(bench_adapters, "once", watched)
     found = bench_adapters.measure(*pair, asked=asked, tools_mode="template", counts=[3, 1], new_tokens=4,
                                    threads=torch.get_num_threads())
     one, three = found["rows"]
