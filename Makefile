@@ -32,7 +32,7 @@ endif
 help:
 	@echo 'make demo         install if needed, then train, merge, quantize, measure and score the default model'
 	@echo 'make test         install what tests need, then run all of them'
-	@echo 'make test-fast    the same without the real model: under five minutes'
+	@echo 'make test-fast    the same without the real model'
 	@echo 'make install      $(VENV) with lora-kit and what it stands on; nothing compiles'
 	@echo 'make install-dev  that, with pytest, ruff and llama-cpp-python (compiles: 3 to 4 minutes on two cores)'
 	@echo 'make lint         ruff'
