@@ -1,12 +1,13 @@
 """Stage eval: what the base, the merged model and its quantized forms can do, and what that proves.
 
 Every artifact answers the same items, made once (``items.py``), in a fresh process of its
-own (``scoring.py``); with the base also goes ``base-fewshot``, the base with examples in
-its prompt. Scores come with intervals, differences are paired over items, gates become
-verdicts (``gates.py``), against artifacts of this run or a baseline.lock (``baseline.py``). What cannot
-run here is listed as not measured, with the reason; where too many items fail, the evaluation does. Each artifact's
-template, BOS and stop tokens are held to training's (``template_check.py``): others are a FAIL. Scores of the items
-that overlap no training row stand beside the whole (``eval_checks.py``).
+own (``scoring.py``; an adapter in that of its base, on the same model in memory); with the base
+also goes ``base-fewshot``, the base with examples in its prompt. Scores come with intervals,
+differences are paired over items, gates become verdicts (``gates.py``), against artifacts of
+this run or a baseline.lock (``baseline.py``). What cannot run here is listed as not measured,
+with the reason; where too many items fail, the evaluation does. Each artifact's template, BOS
+and stop tokens are held to training's (``template_check.py``): others are a FAIL. Scores of the
+items that overlap no training row stand beside the whole (``eval_checks.py``).
 
 Reads the data stage's folder, the run's artifacts and the suite. Writes, into the stage's
 folder: ``items/<task>.json`` (the questions), ``<artifact>/items.jsonl`` and
@@ -36,6 +37,7 @@ from lora_kit import (
     tokens,
 )
 from lora_kit.comparison import Scored
+from lora_kit.engines import shares_model
 from lora_kit.errors import MachineError, RecipeError
 from lora_kit.formats import UnusableRow
 from lora_kit.recipe import Recipe
@@ -74,10 +76,11 @@ def stage(recipe: Recipe, run: Run) -> Result:
     spent = None
     if recipe.eval.budget:
         spent = _within_budget(suite, recipe, run, artifacts, lock, hashes, outcomes, started)
-    for index, artifact in enumerate([] if recipe.eval.budget else artifacts):
-        events.tell(events.Progress(stage="eval", done=index, total=len(artifacts), unit="artifact",
-                                    fields={"scoring": artifact.name}))
-        outcomes[artifact.name] = _score_apart(artifact, suite, recipe, samples, data_dir, work, _training(run))
+    for group in [] if recipe.eval.budget else _sharing_models(artifacts):
+        events.tell(events.Progress(stage="eval", done=len(outcomes), total=len(artifacts), unit="artifact",
+                                    fields={"scoring": ", ".join(artifact.name for artifact in group)}))
+        outcomes |= _score_apart(group, suite, recipe, samples, data_dir, work, _training(run))
+    outcomes = {artifact.name: outcomes[artifact.name] for artifact in artifacts if artifact.name in outcomes}
     events.tell(events.Progress(stage="eval", done=len(artifacts), total=len(artifacts), unit="artifact"))
     scored = _all_scored(suite, outcomes, work)
     comparison.check_errors(scored, recipe.eval.max_errors, str(work))
@@ -107,7 +110,8 @@ def _within_budget(suite: Suite, recipe: Recipe, run: Run, artifacts: list[Artif
     def score(batch: budget.Batch) -> budget.Cost:
         before = outcomes.get(batch.artifact)
         training = _training(run) if batch.is_first else None
-        found = _score_apart(by_name[batch.artifact], suite, recipe, [], data_dir, work, training, batch.items)
+        found = _score_apart([by_name[batch.artifact]], suite, recipe, [], data_dir, work, training,
+                             batch.items)[batch.artifact]
         outcomes[batch.artifact] = found if before is None else _together(before, found)
         used = sum(found["task_seconds"].values())
         return budget.Cost(fixed=max((found["seconds"] or 0.0) - used, 0.0), tasks=found["task_seconds"])
@@ -227,14 +231,29 @@ def _sample_prompts(held_out: list[Conversation], number: int) -> list[dict[str,
     return found
 
 
-def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list[dict], data_dir: Path,
+def _sharing_models(artifacts: list[Artifact]) -> list[list[Artifact]]:
+    """``artifacts`` in groups of those that one model in memory serves: a base with its adapter, else each alone."""
+    groups: list[list[Artifact]] = []
+    for artifact in sorted(artifacts, key=lambda each: each.kind == "adapter"):
+        group = next((group for group in groups if len(group) == 1 and shares_model(group[0], artifact)), None)
+        if group:
+            group.append(artifact)
+        else:
+            groups.append([artifact])
+    return groups
+
+
+def _score_apart(artifacts: list[Artifact], suite: Suite, recipe: Recipe, samples: list[dict], data_dir: Path,
                  work: Path, training: dict[str, Any] | None, only: dict[str, list[str]] | None = None
-                 ) -> dict[str, Any]:
-    """What ``scoring.score_artifact`` says in a fresh process, with its cost; nothing measured when it cannot run."""
+                 ) -> dict[str, dict[str, Any]]:
+    """What ``scoring.score_artifacts`` says in a fresh process, by name; nothing measured of what cannot run.
+
+    The first has the process's start among its seconds; the memory is that of the process.
+    """
     # A default artifact may be one that this machine cannot run; one that the recipe names has to.
     strict = bool(recipe.eval.artifacts)
     arguments = {
-        "artifact": artifact.as_dict(),
+        "artifacts": [artifact.as_dict() for artifact in artifacts],
         "tasks": [{"name": task.name, "spec": task.spec.model_dump(mode="json"), "folder": str(task.folder)}
                   for task in suite.tasks],
         "data_dir": str(data_dir), "work_dir": str(work), "tools_mode": recipe.data.tools, "samples": samples,
@@ -243,14 +262,18 @@ def _score_apart(artifact: Artifact, suite: Suite, recipe: Recipe, samples: list
         "cache": recipe.eval.cache,
     }
     try:
-        done = isolate.call("lora_kit.scoring:score_artifact", arguments, threads=recipe.eval.threads)
+        done = isolate.call("lora_kit.scoring:score_artifacts", arguments, threads=recipe.eval.threads)
     except MachineError as error:
         if strict:
             raise
-        not_measured = [{"artifact": artifact.name, "task": task.name, "why": str(error)} for task in suite.tasks]
-        return {"engines": {}, "samples": None, "check": None, "seconds": None, "peak_memory_bytes": None,
-                "not_measured": not_measured, "task_seconds": {}, "num_known": 0, "num_asked": 0}
-    return {**done.value, "seconds": done.seconds, "peak_memory_bytes": done.peak_memory_bytes}
+        return {artifact.name: {"engines": {}, "samples": None, "check": None, "seconds": None,
+                                "peak_memory_bytes": None, "task_seconds": {}, "num_known": 0, "num_asked": 0,
+                                "not_measured": [{"artifact": artifact.name, "task": task.name, "why": str(error)}
+                                                 for task in suite.tasks]} for artifact in artifacts}
+    found = {artifact.name: {**outcome, "peak_memory_bytes": done.peak_memory_bytes}
+             for artifact, outcome in zip(artifacts, done.value, strict=True)}
+    found[artifacts[0].name]["seconds"] += done.seconds - sum(outcome["seconds"] for outcome in done.value)
+    return found
 
 
 # ---- what it proves ---------------------------------------------------------------------

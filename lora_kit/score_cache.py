@@ -110,6 +110,11 @@ class KnownEngine:
         # What is not looked up is the real engine's.
         return getattr(self._real(), name)
 
+    @property
+    def in_memory(self) -> Any:
+        """The real engine where it has been opened; None while all that was asked was known."""
+        return self._engine
+
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ignore_stop: bool = False,
                  until: Sequence[Sequence[str]] = ()) -> list[Generation]:
         """As the engine's."""

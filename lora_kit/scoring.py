@@ -1,7 +1,7 @@
 """One artifact scored on a suite's tasks, in the process that loads it.
 
-``evaluation.py`` calls :func:`score_artifact` in a fresh process for each artifact. Answers
-are greedy; a metric of ``metrics/`` scores them through ``evaluate``. Held-out loss is the
+``evaluation.py`` calls :func:`score_artifacts` in a fresh process for each artifact; a base and its adapter share one,
+and the model in it. Answers are greedy; a metric of ``metrics/`` scores them through ``evaluate``. Held-out loss is the
 negative log-probability of the trained tokens, row by row, summed in float64 from the
 engine's float32 log-probabilities; bits per byte of a text are the same over all of its tokens.
 Engines compute in the type that is fastest for the stored weights (``dtype="fastest"`` of
@@ -18,6 +18,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,71 +46,81 @@ SAMPLED = ("base", "merged")
 """Artifacts that answer the sample prompts."""
 
 
-def score_artifact(
-    *, artifact: dict[str, Any], tasks: list[dict[str, Any]], data_dir: str, work_dir: str, tools_mode: str,
-    samples: list[dict[str, Any]], sample_tokens: int, threads: int | None, limit: int | None, seed: int, strict: bool,
-    training: dict[str, Any] | None = None, only: dict[str, list[str]] | None = None,
-    cache: bool = False,
-) -> dict[str, Any]:
-    """Load ``artifact`` in this process and score it on every task.
+def score_artifacts(
+    *, artifacts: list[dict[str, Any]], tools_mode: str, threads: int | None, cache: bool = False, **asked: Any,
+) -> list[dict[str, Any]]:
+    """Score one artifact, which is loaded in this process, or a base and then an adapter on that same model.
 
     Args:
+        cache: look up what an artifact has answered before, and keep what it answers (``score_cache.py``).
+        asked: of each, what follows here.
         tasks: ``{"name", "spec", "folder"}`` of each, in order.
         work_dir: the stage's folder with ``items/``; to ``<subject>/items.jsonl`` in it lines are added.
         samples: prompts (``messages``, ``tools``) that the base and the merged model answer.
         strict: raise when an engine is missing, in place of listing the task as not measured.
         training: the tokenizer of training as ``template_check.check`` takes it; None leaves that check out.
         only: by task, the ids of the items to score, and no other task; None: all.
-        cache: look up what this artifact has answered before, and keep what it answers (``score_cache.py``).
 
     Returns:
-        ``engines`` (task: engine's name), ``not_measured`` ([{artifact, task, why}]), ``samples``
+        For each ``engines`` (task: engine's name), ``not_measured`` ([{artifact, task, why}]), ``samples``
         ([{text, stopped, num_tokens} or {error}], or None), ``check`` (of template, BOS and stop tokens, or None),
-        ``task_seconds`` (by task, what scoring took without loading) and ``num_known`` of ``num_asked`` (how many
-        answers were in the cache).
+        ``task_seconds`` (by task, what scoring took without loading), ``seconds`` (with it) and ``num_known`` of
+        ``num_asked`` (how many answers were in the cache).
     """
-    subject = _Subject(Artifact(**artifact), tools_mode, threads, cache)
+    found: list[dict[str, Any]] = []
+    subject = None
+    with ExitStack() as opened:
+        for artifact in artifacts:
+            started = time.perf_counter()
+            subject = _Subject(Artifact(**artifact), tools_mode, threads, cache, base=subject)
+            opened.callback(subject.close)
+            found.append({**_score(subject, **asked), "seconds": time.perf_counter() - started})
+    return found
+
+
+def _score(
+    subject: _Subject, *, tasks: list[dict[str, Any]], data_dir: str, work_dir: str, samples: list[dict[str, Any]],
+    sample_tokens: int, limit: int | None, seed: int, strict: bool, training: dict[str, Any] | None = None,
+    only: dict[str, list[str]] | None = None,
+) -> dict[str, Any]:
     work, found = Path(work_dir), {"engines": {}, "not_measured": [], "samples": None, "check": None,
                                    "task_seconds": {}}
     tasks = [task for task in tasks if only is None or task["name"] in only]
     if training:
         found["check"] = template_check.check(subject.artifact, training)
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    try:
-        for task in tasks:
-            name, spec = task["name"], KINDS[task["spec"]["kind"]].model_validate(task["spec"])
-            chosen = None if only is None else set(only[name])
-            started, loading = time.perf_counter(), subject.loading_seconds
-            try:
-                if isinstance(spec, HeldOutLossTask):
-                    lines[subject.name] += subject.held_out_loss(name, Path(data_dir), limit, seed, chosen)
+    for task in tasks:
+        name, spec = task["name"], KINDS[task["spec"]["kind"]].model_validate(task["spec"])
+        chosen = None if only is None else set(only[name])
+        started, loading = time.perf_counter(), subject.loading_seconds
+        try:
+            if isinstance(spec, HeldOutLossTask):
+                lines[subject.name] += subject.held_out_loss(name, Path(data_dir), limit, seed, chosen)
+            else:
+                asked = json.loads((work / "items" / f"{name}.json").read_text(encoding="utf-8"))
+                if chosen is not None:
+                    asked["items"] = [item for item in asked["items"] if item["item_id"] in chosen]
+                if isinstance(spec, TextTask):
+                    lines[subject.name] += subject.texts(name, asked["items"])
+                elif isinstance(spec, LibraryTask):
+                    lines[subject.name] += lm_eval_library.score(
+                        subject.engine(generates=True), name, spec, Path(task["folder"]), asked["items"],
+                        subject.max_tokens)
+                elif isinstance(spec, LmEvalTask):
+                    lines[subject.name] += subject.likelihoods(name, spec, asked["items"])
                 else:
-                    asked = json.loads((work / "items" / f"{name}.json").read_text(encoding="utf-8"))
-                    if chosen is not None:
-                        asked["items"] = [item for item in asked["items"] if item["item_id"] in chosen]
-                    if isinstance(spec, TextTask):
-                        lines[subject.name] += subject.texts(name, asked["items"])
-                    elif isinstance(spec, LibraryTask):
-                        lines[subject.name] += lm_eval_library.score(
-                            subject.engine(generates=True), name, spec, Path(task["folder"]), asked["items"],
-                            subject.max_tokens)
-                    elif isinstance(spec, LmEvalTask):
-                        lines[subject.name] += subject.likelihoods(name, spec, asked["items"])
-                    else:
-                        lines[subject.name] += subject.answers(name, spec, asked["items"], [])
-                    if subject.name == "base" and asked["examples"]:
-                        lines[FEWSHOT] += subject.answers(name, spec, asked["items"], asked["examples"])
-                found["engines"][name] = subject.last_engine
-                found["task_seconds"][name] = (time.perf_counter() - started) - (subject.loading_seconds - loading)
-            except MachineError as error:
-                if strict:
-                    raise
-                found["not_measured"].append({"artifact": subject.name, "task": name, "why": str(error)})
-        if subject.name in SAMPLED:
-            found["samples"] = subject.samples(samples, sample_tokens)
-        found["num_known"], found["num_asked"] = subject.counts()
-    finally:
-        subject.close()
+                    lines[subject.name] += subject.answers(name, spec, asked["items"], [])
+                if subject.name == "base" and asked["examples"]:
+                    lines[FEWSHOT] += subject.answers(name, spec, asked["items"], asked["examples"])
+            found["engines"][name] = subject.last_engine
+            found["task_seconds"][name] = (time.perf_counter() - started) - (subject.loading_seconds - loading)
+        except MachineError as error:
+            if strict:
+                raise
+            found["not_measured"].append({"artifact": subject.name, "task": name, "why": str(error)})
+    if subject.name in SAMPLED:
+        found["samples"] = subject.samples(samples, sample_tokens)
+    found["num_known"], found["num_asked"] = subject.counts()
     with writing(work):
         for name, scored in lines.items():
             if scored:
@@ -121,12 +132,17 @@ def score_artifact(
 
 
 class _Subject:
-    """One artifact that answers; its engines are opened when a task first needs them."""
+    """One artifact that answers; its engines are opened when a task first needs them.
 
-    def __init__(self, artifact: Artifact, tools_mode: str, threads: int | None, cache: bool) -> None:
+    Args:
+        base: what is scored already; where it is the base of this artifact, an adapter, its model is taken over.
+    """
+
+    def __init__(self, artifact: Artifact, tools_mode: str, threads: int | None, cache: bool,
+                 base: _Subject | None = None) -> None:
         self.artifact, self.tools_mode, self.threads, self.cache = artifact, tools_mode, threads, cache
         self.name, self.last_engine, self.loading_seconds = artifact.name, "", 0.0
-        self._engines: dict[Any, Any] = {}
+        self._base, self._engines = base, {}
         self.max_tokens = _context_length(artifact)
 
     def engine(self, *, generates: bool):
@@ -134,7 +150,8 @@ class _Subject:
         prefer = ("llamacpp", "hf") if self.artifact.kind == "gguf" and not generates else None
         def opened():
             started = time.perf_counter()
-            engine = open_engine(self.artifact, dtype="fastest", threads=self.threads, prefer=prefer)
+            engine = open_engine(self.artifact, dtype="fastest", threads=self.threads, prefer=prefer,
+                                 on=self._base.opened(prefer) if self._base else None)
             self.loading_seconds += time.perf_counter() - started
             return engine
 
@@ -143,6 +160,11 @@ class _Subject:
                 self.artifact, computes(self.artifact, dtype="fastest", prefer=prefer), opened)
         self.last_engine = self._engines[prefer].name
         return self._engines[prefer]
+
+    def opened(self, prefer: Any) -> Any:
+        """The engine that was opened for ``prefer``; None where nothing was or all answers were known."""
+        engine = self._engines.get(prefer)
+        return engine.in_memory if isinstance(engine, score_cache.KnownEngine) else engine
 
     def counts(self) -> tuple[int, int]:
         """How many answers were known, of how many asked; nothing is looked up without the cache."""

@@ -113,10 +113,10 @@ def scored(tmp_path_factory, tiny_model):
     real_call = isolate.call
 
     def call(function, arguments, **options):
-        if arguments["artifact"]["name"] == "gguf-q8_0":
+        if arguments["artifacts"][0]["name"] == "gguf-q8_0":
             raise MachineError(function, "the process crashed (SIGILL)")
-        if arguments["artifact"]["name"] == "base":  # in this process, which has loaded torch already
-            return isolate.Isolated(value=scoring.score_artifact(**arguments), seconds=1.0, peak_memory_bytes=1)
+        if arguments["artifacts"][0]["name"] == "base":  # in this process, which has loaded torch already
+            return isolate.Isolated(value=scoring.score_artifacts(**arguments), seconds=1.0, peak_memory_bytes=1)
         return real_call(function, arguments, **options)
 
     told = []
@@ -159,7 +159,7 @@ def test_differences_are_paired_with_base_and_with_what_gates_ask_for(scored):
 
 
 def test_what_cannot_run_is_listed_and_cautioned_not_invented(scored):
-    why = "lora_kit.scoring:score_artifact: the process crashed (SIGILL)"
+    why = "lora_kit.scoring:score_artifacts: the process crashed (SIGILL)"
     assert scored.scores["not_measured"] == [
         {"artifact": "gguf-q8_0", "task": task, "why": why} for task in ("loss", "answers")]
     assert not any(entry["artifact"] in ("gguf-q8_0", "adapter") for entry in scored.scores["scores"])
@@ -188,6 +188,25 @@ def test_each_subject_has_its_own_files_and_all_answered_the_same_items(scored):
     own = json.loads((scored.work / "merged" / "scores.json").read_text())
     assert own["peak_memory_bytes"] > 0 and own["seconds"] > 0 and len(own["scores"]) == 3
     assert scored.scores["tasks"]["loss"]["num_items"] == 8
+
+
+def test_only_an_adapter_of_the_same_base_joins_its_process(tmp_path, tiny_model):
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
+    (quantized / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
+    base = Artifact(name="base", path=str(tiny_model), kind="hf")
+    small = Artifact(name="base", path=str(quantized), kind="hf")
+    merged = Artifact(name="merged", path=str(tmp_path / "merged"), kind="hf")
+
+    def adapter(on: Path) -> Artifact:
+        return Artifact(name="adapter", path=str(tmp_path / "adapter"), kind="adapter", base=str(on))
+
+    def groups(*artifacts):
+        return [[artifact.name for artifact in group] for group in evaluation._sharing_models(list(artifacts))]
+
+    assert groups(adapter(tiny_model), merged, base) == [["merged"], ["base", "adapter"]]
+    assert groups(base, merged, adapter(tmp_path)) == [["base"], ["merged"], ["adapter"]]
+    assert groups(small, adapter(quantized)) == [["base"], ["adapter"]]
 
 
 def test_an_artifact_that_the_recipe_names_must_run(tmp_path, tiny_model, monkeypatch):
@@ -260,13 +279,13 @@ def again(scored, tmp_path, monkeypatch):
     called = []
 
     def call(function, arguments, **options):
-        name = arguments["artifact"]["name"]
+        (name,) = (artifact["name"] for artifact in arguments["artifacts"])
         called.append(name)
         (Path(arguments["work_dir"]) / name).mkdir()
         shutil.copy(scored.work / name / "items.jsonl", Path(arguments["work_dir"]) / name)
         value = {"engines": {}, "not_measured": [], "samples": None, "check": None, "task_seconds": {}, "num_known": 0,
-                 "num_asked": 0}
-        return isolate.Isolated(value=value, seconds=1.0, peak_memory_bytes=1)
+                 "num_asked": 0, "seconds": 0.5}
+        return isolate.Isolated(value=[value], seconds=1.0, peak_memory_bytes=1)
 
     monkeypatch.setattr(isolate, "call", call)
     return SimpleNamespace(run=run, called=called, lock=folder / "baseline.lock")
@@ -309,7 +328,7 @@ def test_items_that_fail_fail_the_evaluation(again, scored):
 
     def call(function, arguments, **options):
         done = real(function, arguments, **options)
-        if arguments["artifact"]["name"] == "merged":
+        if arguments["artifacts"][0]["name"] == "merged":
             path = Path(arguments["work_dir"]) / "merged" / "items.jsonl"
             path.write_text("".join(json.dumps(line) + "\n" for line in failed))
         return done
@@ -341,7 +360,7 @@ def within_budget(tmp_path, tiny_model, scored, monkeypatch, suite, **fields):
     calls = []
 
     def call(function, arguments, **options):
-        calls.append((arguments["artifact"]["name"], arguments["only"]))
+        calls.append((arguments["artifacts"][0]["name"], arguments["only"]))
         return call_here(function, arguments, **options)
 
     monkeypatch.setattr(isolate, "call", call)

@@ -62,8 +62,9 @@ def evaluated(folder, model, entries: str, limit: int | None = None):
     for name, of_task in made.items():
         (work / "items" / f"{name}.json").write_text(json.dumps(
             {"items": [item.as_dict() for item in of_task.items], "examples": []}))
-    found = scoring.score_artifact(
-        artifact=Artifact(name="base", path=str(model), kind="hf", tokenizer=str(model)).as_dict(), data_dir=str(work),
+    base = Artifact(name="base", path=str(model), kind="hf", tokenizer=str(model))
+    (found,) = scoring.score_artifacts(
+        artifacts=[base.as_dict()], data_dir=str(work),
         tasks=[{"name": task.name, "spec": task.spec.model_dump(mode="json"), "folder": str(task.folder)}
                for task in suite.tasks],
         work_dir=str(work), tools_mode="template", samples=[], sample_tokens=4, threads=None, limit=limit, seed=0,

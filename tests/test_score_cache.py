@@ -195,10 +195,10 @@ def test_an_evaluation_finds_its_answers_again(cache, tiny_model, tmp_path):
         (work / "items").mkdir(parents=True)
         asked = [item("1", "hi"), item("2", "ho")] + [item("3", "new")] * (run == "three")
         (work / "items" / "t.json").write_text(json.dumps({"items": asked, "examples": []}))
-        found.append(scoring.score_artifact(
-            artifact=artifact.as_dict(), tasks=[{"name": "t", "spec": generate()}], data_dir=str(work),
+        found.append(scoring.score_artifacts(
+            artifacts=[artifact.as_dict()], tasks=[{"name": "t", "spec": generate()}], data_dir=str(work),
             work_dir=str(work), tools_mode="template", samples=[], sample_tokens=4, threads=None, limit=None, seed=0,
-            strict=False, cache=True))
+            strict=False, cache=True)[0])
         lines.append((work / "merged" / "items.jsonl").read_text().splitlines())
     assert [(each["num_known"], each["num_asked"]) for each in found] == [(0, 2), (2, 2), (2, 3)]
     assert lines[0] == lines[1] == lines[2][:2]

@@ -10,6 +10,7 @@ from lora_kit.engines import Engine
 from lora_kit.errors import MachineError, RecipeError
 from lora_kit.suite import GenerateTask
 from lora_kit.types import Artifact, Conversation, Example, Message
+from tests import fake_run
 
 CONVERSATIONS = [
     Conversation(messages=(Message(role="user", content=f"say {n}"), Message(role="assistant", content="ab" * n)),
@@ -35,7 +36,7 @@ def score(artifact, work, spec=None, items=(), **fields):
     arguments = dict(data_dir=str(work), work_dir=str(work), tools_mode="template", samples=[], sample_tokens=4,
                      threads=None, limit=None, seed=0, strict=False)
     tasks = [{"name": "t", "spec": spec or {"kind": "held_out_loss"}}]
-    found = scoring.score_artifact(artifact=artifact.as_dict(), tasks=tasks, **{**arguments, **fields})
+    found = scoring.score_artifacts(artifacts=[artifact.as_dict()], tasks=tasks, **{**arguments, **fields})[0]
     lines = {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
              for path in work.glob("*/items.jsonl")}
     return found, lines
@@ -67,6 +68,34 @@ def test_bits_per_byte_are_torchs_over_all_tokens_after_the_first(artifact, tmp_
     assert (line["metric"], line["weight"], line["cluster"], line["prompt"]) == ("bits_per_byte", 11, "m.py",
                                                                                  "naïve text")
     assert too_long["score"] is None and "does not fit into 2048" in too_long["error"]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_base_and_its_adapter_are_scored_with_one_model_as_each_alone(data_dir, tiny_model, tmp_path, monkeypatch,
+                                                                        cache):
+    from lora_kit.engines import hf
+
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    fake_run.save_adapter(tiny_model, tmp_path / "adapter", size=0.1)
+    base = Artifact(name="base", path=str(tiny_model), kind="hf")
+    adapter = Artifact(name="adapter", path=str(tmp_path / "adapter"), kind="adapter", base=str(tiny_model))
+    loads, load_base = [], hf.load_base
+    monkeypatch.setattr(hf, "load_base", lambda *args, **options: loads.append(args) or load_base(*args, **options))
+    written = {}
+    for way, groups in {"alone": [[base], [adapter]], "together": [[base, adapter]]}.items():
+        work = tmp_path / way
+        (work / "items").mkdir(parents=True)
+        (work / "items" / "a.json").write_text(json.dumps({"items": [item("1", "hi")], "examples": []}))
+        tasks = [{"name": "t", "spec": {"kind": "held_out_loss"}}, {"name": "a", "spec": generate()}]
+        del loads[:]
+        found = [each for group in groups for each in scoring.score_artifacts(
+            artifacts=[artifact.as_dict() for artifact in group], tasks=tasks, data_dir=str(data_dir),
+            work_dir=str(work), tools_mode="template", samples=[], sample_tokens=4, threads=None, limit=None, seed=0,
+            strict=True, cache=cache)]
+        written[way] = [(work / name / "items.jsonl").read_text() for name in ("base", "adapter")]
+        assert len(loads) == (0 if cache and way == "together" else len(groups))
+        assert all(each["seconds"] >= sum(each["task_seconds"].values()) for each in found)
+    assert written["alone"] == written["together"] and written["alone"][0] != written["alone"][1]
 
 
 def test_held_out_loss_is_torchs_cross_entropy_over_trained_tokens(artifact, data_dir):

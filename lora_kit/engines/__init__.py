@@ -273,6 +273,7 @@ def open_engine(
     threads: int | None = None,
     device: str | None = None,
     prefer: str | Sequence[str] | None = None,
+    on: Engine | None = None,
 ) -> Engine:
     """Load ``artifact`` into the engine of its kind.
 
@@ -283,13 +284,27 @@ def open_engine(
         device: where to run; None takes the first CUDA device, else the CPU.
         prefer: an engine's name, or several: the first that is installed is taken. ``hf`` reads a
             GGUF file by dequantizing its weights: right for log-probabilities, not for speed.
+        on: an engine that has the base of an adapter in memory, as this one would load it: the adapter is put onto
+            that model, and the engine is closed. Only for :func:`shares_model`.
 
     Raises:
         MachineError: the engine's package is not installed; it says how to install it.
         RecipeError: there is no engine of that name.
         ModelError: the artifact does not load.
     """
-    return _module(_chosen(artifact, prefer)).load(artifact, dtype=dtype, threads=threads, device=device)
+    shared = {} if on is None else {"on": on}
+    return _module(_chosen(artifact, prefer)).load(artifact, dtype=dtype, threads=threads, device=device, **shared)
+
+
+def shares_model(base: Artifact, artifact: Artifact) -> bool:
+    """Whether ``artifact`` is an adapter that can be put onto the model of an engine of ``base``.
+
+    Not where the base is quantized: such a model may not be what it was once it has been run.
+    """
+    from lora_kit.model import read_config
+
+    return (artifact.kind == "adapter" and base.kind == "hf" and artifact.base == base.path
+            and not read_config(Path(base.path)).get("quantization_config"))
 
 
 def computes(artifact: Artifact, *, dtype: str = "auto", device: str | None = None,

@@ -56,8 +56,9 @@ def missing() -> str | None:
     return None
 
 
-def load(artifact: Artifact, *, dtype: str = "auto", threads: int | None = None, device: str | None = None) -> HfEngine:
-    """``artifact`` as a transformers model in eval mode.
+def load(artifact: Artifact, *, dtype: str = "auto", threads: int | None = None, device: str | None = None,
+         on: HfEngine | None = None) -> HfEngine:
+    """``artifact`` as a transformers model in eval mode; an adapter on the model of ``on``, which is closed.
 
     Raises:
         ModelError: it is missing or does not load.
@@ -74,7 +75,10 @@ def load(artifact: Artifact, *, dtype: str = "auto", threads: int | None = None,
     else:
         method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
         stored = stored_dtype(folder)
-        model = _load_quantized(folder, dtype, device) if method else load_base(folder, dtype=dtype, device=device)
+        if on is not None:
+            model = on.handed_over()
+        else:
+            model = _load_quantized(folder, dtype, device) if method else load_base(folder, dtype=dtype, device=device)
         if artifact.kind == "adapter":
             model = load_adapter(model, artifact.path)
         upcast = f" (stored {stored})" if asked == "fastest" and dtype != stored else ""
@@ -405,6 +409,12 @@ class HfEngine(Engine):
             is_plain = self._decodes_itself and not hasattr(self.model, "get_base_model")
             self._lean = lean_decoder.make(self.model) if is_plain else None
         return self._lean
+
+    def handed_over(self) -> Any:
+        """The model, for another engine; this one is closed."""
+        model = self.model
+        self.close()
+        return model
 
     def close(self) -> None:
         import torch
