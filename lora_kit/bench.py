@@ -57,8 +57,9 @@ def stage(recipe: Recipe, run: Run) -> Result:
     artifacts = [run.artifact(name) for name in names]
     work, measured = run.work("bench"), []
     for index, artifact in enumerate(artifacts):
-        events.tell(events.Progress(stage="bench", done=index, total=len(artifacts), unit="artifact",
-                                    fields={"measuring": artifact.name}))
+        events.tell(events.Progress(
+            stage="bench", done=index, total=len(artifacts), unit="artifact", fields={"measuring": artifact.name},
+            table=_so_far(measured, artifacts[index:])))
         point, evidence = measure(artifact, recipe.bench, recipe.seed)
         evidence["bandwidth_share"] = bandwidth_share(point, bandwidth)
         write_json(work / f"{artifact.name}.json", {"point": point.as_dict(), **evidence})
@@ -231,6 +232,14 @@ def row_of(point: BenchPoint) -> list[str]:
         _rate_text(point.prefill_tokens_per_second),
         point.why_not or _rate_text(point.decode_tokens_per_second),
     ]
+
+
+def _so_far(measured: Sequence[tuple[BenchPoint, dict[str, Any]]], waiting: Sequence[Artifact]) -> events.Table:
+    """What :func:`shown` will begin with, with a row for each that is not measured yet."""
+    rows = [row_of(point) for point, _ in measured]
+    rows += [[artifact.name, "…" if place == 0 else ""] + [""] * (len(COLUMNS) - 2)
+             for place, artifact in enumerate(waiting)]
+    return events.Table(title="", columns=COLUMNS, rows=rows)
 
 
 def shown(measured: Sequence[tuple[BenchPoint, dict[str, Any]]], bench: BenchSection) -> list[bench_files.Shown]:

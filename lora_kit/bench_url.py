@@ -96,12 +96,14 @@ def measure(server: Server, load: Load, *, real: Sequence[Prompt] = (), seed: in
     if server.exposes_key:
         events.tell(events.Caution(text=f"the key goes to {server.url} unencrypted: use https"))
     words = _length(server, load, seed)
-    loads = []
+    limits = load.limits.text() if load.limits else None
+    loads: list[dict[str, Any]] = []
     combined = list(itertools.product(load.depths, load.concurrency))
     unasked = itertools.cycle(real) if real else None
     for index, (depth, concurrency) in enumerate(combined):
         events.tell(events.Progress(stage="bench", done=index, total=len(combined), unit="load",
-                                    fields={"at once": concurrency, **({"depth": depth} if depth else {})}))
+                                    fields={"at once": concurrency, **({"depth": depth} if depth else {})},
+                                    table=_so_far({"limits": limits, "loads": loads})))
         asked = depth + load.prompt_tokens
         made = bench_prompts.of_words((words or bench_prompts.Length()).words(asked), f"{seed} {depth} {concurrency}")
         warm_ups = _warm_up(server, made, load, concurrency, clock)
@@ -121,7 +123,7 @@ def measure(server: Server, load: Load, *, real: Sequence[Prompt] = (), seed: in
         "format": FORMAT, "url": server.url, "model": server.model, "software": server.software,
         "prompts": f"{len(real)} of a run" if real else "words at random", "new_tokens": load.new_tokens,
         "prompts_repeat": bool(real) and num_asked > len(real), "goes_past_stops": "ignore_eos" in server.asks,
-        "limits": load.limits.text() if load.limits else None, "seconds": load.seconds, "loads": loads,
+        "limits": limits, "seconds": load.seconds, "loads": loads,
         "words": None if words is None or real else {"fixed": words.fixed, "each": words.each},
         "client": hardware.describe(), "server_is_local": server.is_local,
         "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -253,6 +255,10 @@ def columns(record: dict[str, Any]) -> tuple[str, ...]:
     """Titles of what :func:`rows` gives."""
     kept = COLUMNS if any(load["depth"] for load in record["loads"]) else COLUMNS[:1] + COLUMNS[2:]
     return (*kept, "good/s") if record["limits"] else kept
+
+
+def _so_far(record: dict[str, Any]) -> events.Table | None:
+    return events.Table(title="", columns=columns(record), rows=rows(record)) if record["loads"] else None
 
 
 def rows(record: dict[str, Any]) -> list[list[str]]:

@@ -32,14 +32,25 @@ class StageSkipped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
-    """``done`` of ``total`` units; ``fields`` are short texts to show beside them."""
+    """``done`` of ``total`` units; ``fields`` are short texts to show beside them.
+
+    ``table`` is what is known so far, to be seen at a terminal until all is done and told as a table of its own.
+    """
 
     stage: str
     done: int
     total: int
     unit: str = "step"
     fields: dict[str, str] = field(default_factory=dict)
+    table: Table | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +63,6 @@ class Caution:
     """Something that the user should know and that does not stop the work."""
 
     text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 Event = StageStarted | StageFinished | StageSkipped | Progress | Note | Caution | Table

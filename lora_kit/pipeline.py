@@ -30,6 +30,7 @@ from lora_kit import (
     quantizers,
     ranks,
     rundir,
+    score_cache,
     sources,
     stopwatch,
     suite,
@@ -221,7 +222,7 @@ def continue_run(run: Run, *, until: str = "report", no_deps: bool = False, redo
                 raise RecipeError(str(run.path), f"stage {stage.name} is owed ({reason}) before {until}",
                                   f"lora-kit {stage.name} {run.path}, or leave out --no-deps")
             else:
-                _execute(stage, run, reason or "asked for")
+                _execute(stage, run, reason)
             verdicts += [Verdict(**fields) for fields in (run.seal(stage.name) or {}).get("verdicts", ())]
     raise_for(verdicts, inconclusive)
     return run
@@ -340,6 +341,13 @@ def _fingerprint(stage: Stage, run: Run) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _made_from(stage: Stage, run: Run) -> str:
+    """All that decides what the stage makes, but for its own sections of the recipe."""
+    parts = {"inputs": {name: (run.seal(name) or {}).get("content") for name in ("data", *stage.takes_from)},
+             "versions": versions(stage.packages), "code": score_cache.code_sha256()}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def _why_owed(stage: Stage, run: Run) -> str | None:
     """Why the stage has to run, or None when what lies there is what it would make."""
     seal = run.seal(stage.name)
@@ -358,13 +366,16 @@ def _why_owed(stage: Stage, run: Run) -> str | None:
     return None
 
 
-def _execute(stage: Stage, run: Run, reason: str) -> None:
-    tell(StageStarted(stage=stage.name, why=reason))
+def _execute(stage: Stage, run: Run, reason: str | None) -> None:
+    """Run the stage; without a reason it was asked for, and starts anew."""
+    tell(StageStarted(stage=stage.name, why=reason or "asked for"))
     started = time.perf_counter()
     with stopwatch.importing():
         module = importlib.import_module(stage.module)
     _set_aside_if_stale(stage, run)
-    with run.publishing(stage.name) as work, stopwatch.part("data" if stage.name == "data" else "other"):
+    made_from = _made_from(stage, run) if stage.name == "quantize" else None
+    with run.publishing(stage.name, made_from if reason else None) as work, \
+            stopwatch.part("data" if stage.name == "data" else "other"):
         try:
             result: Result = module.stage(run.recipe, run)
         except Exception as error:
@@ -381,6 +392,7 @@ def _execute(stage: Stage, run: Run, reason: str) -> None:
             "artifacts": [artifact.as_dict() for artifact in result.artifacts],
             "verdicts": [verdict.as_dict() for verdict in result.verdicts],
             "summary": result.summary, "figures": result.figures, "versions": versions(stage.packages),
+            "made_from": made_from,
         })
     tell(StageFinished(stage=stage.name, seconds=seconds, summary=result.summary))
 

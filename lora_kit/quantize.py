@@ -5,6 +5,8 @@ another one from the files on disk: KL divergence, first choice, perplexity and 
 against the merged model on held-out tokens and on plain prose; how much of the adapter's change its weights still hold
 (``delta``) and how much of what training gained its answers keep (``gain``); size and bits per weight. There is no
 threshold but the one that the recipe sets: without bounds the figures are reported as measured.
+A form that an earlier try finished is not made again: where the working folder holds it from the same model and rows
+(``Run.publishing``), and its files have the hashes that its certificate says.
 
 Reads the base, the adapter, ``merge/model`` and the token files; writes ``quantize/<name>/model`` and
 ``quantize/<name>/certificate.json``.
@@ -12,7 +14,9 @@ Reads the base, the adapter, ``merge/model`` and the token files; writes ``quant
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from lora_kit.units import bytes_text, number_text
 CALIBRATION_TOKENS = 8192
 """Tokens of training rows that a method which looks at data is shown."""
 _SPEED_PROMPT, _SPEED_TOKENS = 32, 24
+CERTIFICATE = "certificate.json"
 
 
 def stage(recipe: Recipe, run: Run) -> Result:
@@ -59,28 +64,30 @@ def stage(recipe: Recipe, run: Run) -> Result:
     names = [form.name for form in recipe.forms]
     for form in recipe.forms:
         check(form, config)
-    held_out = certificate.held_out_rows(run.stage_dir("data"))
     work, artifacts, verdicts, figures = run.work("quantize"), [], [], {}
-    recording = work / ".reference"
-    reference = isolate.call("lora_kit.certificate:record_reference", {
-        "artifact": merged.as_dict(), "rows": held_out["rows"], "path": str(recording)}).value
-    reference["base_losses"] = isolate.call("lora_kit.certificate:answer_losses", {
-        "artifact": run.artifact("base").as_dict(), "rows": held_out["rows"]}).value
+    before = {form.name: made for form in recipe.forms if (made := _made_before(form, work / form.name)) is not None}
+    _remove_all_but(before, work)
+    if before:
+        tell(Note(text=f"made before from the same model, and whole: {', '.join(before)}"))
+    recording, held_out = work / ".reference", certificate.held_out_rows(run.stage_dir("data"))
+    reference = _reference(run, held_out, recording) if len(before) < len(names) else {}
     made_from = {"base_dir": run.artifact("base").path, "adapter_dir": run.artifact("adapter").path,
                  "data_dir": str(run.stage_dir("data"))}
     speed = isolate.call("lora_kit.quantize:speed_of", {"artifact": merged.as_dict()}).value
     for index, form in enumerate(recipe.forms):
         tell(Progress(stage="quantize", done=index, total=len(names), unit="form", fields={"making": form.name}))
-        artifact, measured = _make(form, merged, held_out, reference, work / form.name, made_from)
+        folder = work / form.name
+        measured = before.get(form.name) or _make(form, merged, held_out, reference, folder, made_from)
         judged = judge(form, measured)
         measured["verdicts"] = [verdict.as_dict() for verdict in judged]
-        with writing(work / form.name):
-            write_json(work / form.name / "certificate.json", measured)
-        artifacts.append(artifact)
+        with writing(folder):
+            # Last of all that a form has: where it is there, the form is whole.
+            write_json(folder / CERTIFICATE, measured)
+        artifacts.append(_artifact(form, merged, folder, measured["size_bytes"]))
         verdicts += judged
         answers = {key: value for key, value in measured["answers"].items() if key != "samples"}
         figures[form.name] = {**{key: value for key, value in measured.items() if key != "losses"}, "answers": answers}
-    shutil.rmtree(recording)
+    shutil.rmtree(recording, ignore_errors=True)
     tell(Progress(stage="quantize", done=len(names), total=len(names), unit="form"))
     chosen = choose(candidates(merged, speed, figures, verdicts), recipe.choose)
     tell(as_table(figures))
@@ -94,6 +101,33 @@ def stage(recipe: Recipe, run: Run) -> Result:
         figures={"forms": figures, "choice": {**asdict(chosen), "merged": {
             "size_bytes": merged.size_bytes, "tokens_per_second": speed}}},
     )
+
+
+def _made_before(form: QuantizeForm, folder: Path) -> dict[str, Any] | None:
+    """What was measured of ``form`` in an earlier try, of this or another list of forms; None unless it is whole."""
+    try:
+        made = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+        whole = (made["artifact"] == form.name and made["files"]
+                 and all(file_sha256(folder / "model" / name) == digest for name, digest in made["files"].items()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return made if whole else None
+
+
+def _remove_all_but(names: Iterable[str], work: Path) -> None:
+    with writing(work):
+        for path in work.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _reference(run: Run, held_out: dict[str, Any], recording: Path) -> dict[str, Any]:
+    """The merged model's probabilities on the rows, which go to ``recording``, and the base's losses of answers."""
+    reference = isolate.call("lora_kit.certificate:record_reference", {
+        "artifact": run.artifact("merged").as_dict(), "rows": held_out["rows"], "path": str(recording)}).value
+    reference["base_losses"] = isolate.call("lora_kit.certificate:answer_losses", {
+        "artifact": run.artifact("base").as_dict(), "rows": held_out["rows"]}).value
+    return reference
 
 
 def candidates(merged: Artifact, speed: float, figures: dict[str, dict[str, Any]], verdicts: list[Verdict]
@@ -204,12 +238,12 @@ def quantize_to_folder(method: str, type: str, merged_dir: str, out_dir: str, da
     """Run one quantizer; to be called in a fresh process.
 
     Returns:
-        ``note``: what a reader of the figures must know; ``files``: SHA-256 of each file of weights.
+        ``note``: what a reader of the figures must know; ``files``: SHA-256 of each file.
     """
     out = Path(out_dir)
     note = quantizers.load(method).quantize(Path(merged_dir), out, type, calibration_rows(Path(data_dir)))
-    return {"note": note, "files": {path.name: file_sha256(path) for path in sorted(out.iterdir())
-                                    if path.suffix in (".safetensors", ".gguf")}}
+    return {"note": note, "files": {str(path.relative_to(out)): file_sha256(path)
+                                    for path in sorted(out.rglob("*")) if path.is_file()}}
 
 
 def calibration_rows(data_dir: Path, most_tokens: int = CALIBRATION_TOKENS) -> list[list[int]]:
@@ -267,8 +301,8 @@ def certify_form(reference: dict[str, Any], candidate: dict[str, Any], prefer: l
 def _make(
     form: QuantizeForm, merged: Artifact, held_out: dict[str, Any], reference: dict[str, Any], folder: Path,
     made_from: dict[str, str],
-) -> tuple[Artifact, dict[str, Any]]:
-    """One form, made and measured; its Artifact (paths relative to the run) and the certificate's figures."""
+) -> dict[str, Any]:
+    """One form, made and measured: the certificate's figures."""
     quantizer, out_dir = quantizers.load(form.method), folder / "model"
     with writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -290,7 +324,7 @@ def _make(
     if figures["tokenizer_differences"]:
         tell(Caution(text=f"{form.name}: llama.cpp splits {figures['tokenizer_differences']} of {figures['num_rows']} "
                           "texts into other tokens than the tokenizer that the model was trained with"))
-    certificate_fields = {
+    return {
         "artifact": form.name, "against": "merged", "split": held_out["split"],
         "measured_on": f"{figures['num_positions']} tokens of {figures['num_rows']} {where}", **figures,
         "engine_note": _engine_note(quantizer.KIND, prefer), "note": made.value["note"], "files": made.value["files"],
@@ -300,12 +334,16 @@ def _make(
         "quantize_seconds": made.seconds, "quantize_peak_memory_bytes": made.peak_memory_bytes,
         "certificate_seconds": measured.seconds, "certificate_peak_memory_bytes": measured.peak_memory_bytes,
     }
-    relative = Path("quantize") / form.name / path.relative_to(folder)
-    tokenizer = "merge/model" if quantizer.KIND == "gguf" else str(relative)
+
+
+def _artifact(form: QuantizeForm, merged: Artifact, folder: Path, size: int) -> Artifact:
+    """What ``folder`` holds, with paths relative to the run."""
+    kind = quantizers.load(form.method).KIND
+    relative = Path("quantize") / form.name / _weights_path(kind, folder / "model").relative_to(folder)
+    tokenizer = "merge/model" if kind == "gguf" else str(relative)
     return Artifact(
-        name=form.name, path=str(relative), kind=quantizer.KIND, tokenizer=tokenizer, num_params=merged.num_params,
-        size_bytes=size, adapter_sha256=merged.adapter_sha256, template_sha256=merged.template_sha256,
-    ), certificate_fields
+        name=form.name, path=str(relative), kind=kind, tokenizer=tokenizer, num_params=merged.num_params,
+        size_bytes=size, adapter_sha256=merged.adapter_sha256, template_sha256=merged.template_sha256)
 
 
 def _weights_path(kind: str, out_dir: Path) -> Path:

@@ -68,24 +68,45 @@ class Run:
         return _read_object(path, f"remove {path.parent} and run again")
 
     @contextmanager
-    def publishing(self, stage: str) -> Iterator[Path]:
+    def publishing(self, stage: str, made_from: str | None = None) -> Iterator[Path]:
         """Hand out the folder that ``stage`` writes into; what it published earlier stays until :meth:`publish`.
 
-        Of a stage that works in place, what it left unfinished is still there.
+        Of a stage that works in place, what it left unfinished is still there; of one that is made of parts, what it
+        left or published where that was made from the same.
+
+        Args:
+            made_from: what the parts of such a stage are made from, as a text; None starts anew.
         """
         work = self.work(stage)
         with writing(work):
-            if stage not in IN_PLACE and work.exists():
-                shutil.rmtree(work)
+            if stage not in IN_PLACE and not (made_from and self._has_parts(stage, made_from)):
+                shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True, exist_ok=True)
             (work / "stage.json").unlink(missing_ok=True)
+            if made_from:
+                write_text(self._mark(stage), made_from)
         yield work
+
+    def _has_parts(self, stage: str, made_from: str) -> bool:
+        """Whether the working folder has parts made from ``made_from``; those that were published are linked there."""
+        work, mark = self.work(stage), self._mark(stage)
+        if work.exists() and mark.is_file() and mark.read_text(encoding="utf-8") == made_from:
+            return True
+        if (self.seal(stage) or {}).get("made_from") != made_from:
+            return False
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(self.stage_dir(stage), work, copy_function=_link)
+        return True
 
     def set_aside(self, stage: str) -> None:
         """Move what a stage published out of its way, so that it starts anew; it goes when the stage is published."""
         with writing(self.stage_dir(stage)):
             shutil.rmtree(self._old(stage), ignore_errors=True)
             os.replace(self.stage_dir(stage), self._old(stage))
+
+    def _mark(self, stage: str) -> Path:
+        """Says what the parts in the working folder of ``stage`` are made from."""
+        return self.path / f".{stage}.made_from"
 
     def _old(self, stage: str) -> Path:
         return self.path / f".{stage}.old"
@@ -95,6 +116,7 @@ class Run:
         work, final = self.work(stage), self.stage_dir(stage)
         with writing(work):
             write_json(work / "stage.json", seal)
+            self._mark(stage).unlink(missing_ok=True)
             old = self._old(stage)
             if work == final:
                 shutil.rmtree(old, ignore_errors=True)
@@ -314,6 +336,13 @@ def newest(runs_dir: Path) -> Path:
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run folder."""
     return (path / "lock.json").exists() and (path / "recipe.yaml").exists()
+
+
+def _link(source: str, place: str) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # a disk without links
+        shutil.copy2(source, place)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -29,7 +30,7 @@ class Terminal:
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.is_terminal = sys.stdout.isatty()
-        self.bar: Bar | None = None
+        self.bar: _Bar | None = None
         self.task = None
         self.last_line = 0.0
 
@@ -53,17 +54,9 @@ class Terminal:
             self.table(event.title, event.columns, event.rows)
 
     def table(self, title: str, columns, rows) -> None:
-        """Print a table; columns after the first are right-aligned when they hold numbers."""
-        table = RichTable(title=escape(title) if title else None, title_justify="left", box=None, pad_edge=False,
-                          padding=(0, 2, 0, 0))
-        rows = [[str(cell) for cell in row] for row in rows]
-        for index, column in enumerate(columns):
-            numbers = index > 0 and bool(rows) and all(_NUMBER.match(row[index]) for row in rows)
-            table.add_column(escape(column), overflow="fold", justify="right" if numbers else "left")
-        for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+        """Print a table."""
         console = self.console if self.is_terminal else Console(highlight=False, width=160)
-        console.print(table)
+        console.print(_rich(title, columns, rows))
 
     def marked(self, title: str, spans) -> None:
         """Print (text, trained) spans under ``title``: trained text in colour, where there is none between ⟦ and ⟧."""
@@ -79,6 +72,7 @@ class Terminal:
     def close(self) -> None:
         """Take the progress bar off, if there is one."""
         if self.bar is not None:
+            self.bar.above = None
             self.bar.stop()
             self.bar = self.task = None
 
@@ -94,11 +88,37 @@ class Terminal:
                 self.console.print(f"  {event.stage} {event.unit} {event.done}/{event.total}  {escape(fields)}")
             return
         if self.bar is None:
-            self.bar = Bar(TextColumn("  {task.description}"), BarColumn(bar_width=30),
-                           TextColumn("{task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[shown]}"),
-                           console=self.console)
+            self.bar = _Bar(TextColumn("  {task.description}"), BarColumn(bar_width=30),
+                            TextColumn("{task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[shown]}"),
+                            console=self.console)
             self.bar.start()
             self.task = self.bar.add_task(event.stage, total=event.total, shown="")
+        if event.table is not None:
+            self.bar.above = _rich(event.table.title, event.table.columns, event.table.rows)
         self.bar.update(self.task, completed=event.done, total=event.total, shown=escape(fields))
         if event.done >= event.total:
             self.close()
+
+
+class _Bar(Bar):
+    """A progress bar with a table above it that grows with it; the table goes when the bar stops."""
+
+    above: RichTable | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.above is not None:
+            yield self.above
+        yield from super().get_renderables()
+
+
+def _rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> RichTable:
+    """A table whose columns after the first are right-aligned when they hold numbers."""
+    table = RichTable(title=escape(title) if title else None, title_justify="left", box=None, pad_edge=False,
+                      padding=(0, 2, 0, 0))
+    rows = [[str(cell) for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        numbers = index > 0 and bool(rows) and all(_NUMBER.match(row[index]) for row in rows)
+        table.add_column(escape(column), overflow="fold", justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table

@@ -1,4 +1,4 @@
-"""The compiled kernels: what torch gives in float64, for both types and any number of threads; or not at all."""
+"""The compiled kernels: what torch gives in float64, for each type and any number of threads; or not at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from lora_kit import fast, packing
-from lora_kit.fast import compiled, rotary, steady
+from lora_kit import fast, hardware, packing
+from lora_kit.fast import attention, compiled, rotary, steady
 from tests.test_packing import FAMILIES, random_model
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -134,6 +134,88 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
         results.append((y, scale))
     assert all(torch.equal(y, results[0][0]) and torch.equal(scale, results[0][1]) for y, scale in results)
+
+
+# ---- attention by a CPU's matrix units ---------------------------------------------------
+
+needs_matrix_units = pytest.mark.skipif(not {"amx_tile", "amx_bf16"} <= hardware.cpu_flags(),
+                                        reason="this CPU has no such matrix units")
+
+
+def attention_inputs(lengths, heads, groups, size):
+    """Query, key, value as views of one array, as layers that are one product give them; the gradient of the output."""
+    num = sum(lengths)
+    whole = random(1, num, (heads + 2 * groups) * size, dtype=torch.bfloat16)
+    parts = whole.split([heads * size, groups * size, groups * size], dim=2)
+    return [part.unflatten(2, (-1, size)).transpose(1, 2).detach().requires_grad_() for part in parts], random(
+        1, num, heads, size, dtype=torch.bfloat16, seed=1)
+
+
+def attended(tensors, dout, lengths, prefix, scale=0.2):
+    """What attention gives and its gradients, with the node that gave them."""
+    out, _ = attention.attend(None, *tensors, None, scaling=scale, document_lengths=lengths, prefix_length=prefix)
+    return type(out.grad_fn).__name__, out.detach(), torch.autograd.grad(out, tensors, dout)
+
+
+def attended_exactly(tensors, dout, lengths, prefix, scale=0.2):
+    query, key, value = (tensor.detach().double().requires_grad_() for tensor in tensors)
+    shared, outs, start = query.shape[1] // key.shape[1], [], 0
+    for length in lengths:
+        rows, before = slice(start, start + length), prefix if start else 0
+        keys, values = (torch.cat([each[:, :, :before], each[:, :, rows]], 2).repeat_interleave(shared, 1)
+                        for each in (key, value))
+        hidden = torch.ones(length, before + length, dtype=torch.bool).triu(1 + before)
+        scores = (scale * query[:, :, rows] @ keys.transpose(2, 3)).masked_fill(hidden, -torch.inf)
+        outs.append((scores.softmax(-1) @ values).transpose(1, 2))
+        start += length
+    out = torch.cat(outs, 1)
+    return out.detach(), torch.autograd.grad(out, (query, key, value), dout.double())
+
+
+@needs_matrix_units
+@pytest.mark.parametrize("prefix", [0, 1, 29])
+@pytest.mark.parametrize(("lengths", "heads", "groups", "size"), [
+    ((40,), 9, 3, 64), ((31, 32, 1, 70), 4, 4, 32), ((190, 33), 8, 2, 128), ((64, 96), 3, 1, 96)])
+def test_attention_in_tiles(lengths, heads, groups, size, prefix):
+    tensors, dout = attention_inputs(lengths, heads, groups, size)
+    node, out, gradients = attended(tensors, dout, lengths, prefix)
+    wanted, exact = attended_exactly(tensors, dout, lengths, prefix)
+    assert node == "_InTilesBackward"
+    # Probabilities and their gradients are rounded once, as are the results: some 2⁻⁸ of the largest.
+    for ours, right in zip((out, *gradients), (wanted, *exact), strict=True):
+        assert (ours.double() - right).abs().max() < 2.0**-7 * right.abs().max(), (ours, right)
+
+
+@needs_matrix_units
+def test_rows_in_tiles_do_not_see_each_other_nor_depend_on_threads():
+    tensors, dout = attention_inputs((50, 33, 80), 4, 2, 64)
+    _, out, gradients = attended(tensors, dout, (50, 33, 80), 20)
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        _, again, same = attended(tensors, dout, (50, 33, 80), 20)
+        assert torch.equal(out, again) and all(map(torch.equal, gradients, same))
+    torch.set_num_threads(before)
+    with torch.no_grad():
+        tensors[2][:, :, 60] = math.nan  # a value of the second row
+        tensors[0][:, 0, 90] = math.nan  # a query of the third
+    _, out, gradients = attended(tensors, dout, (50, 33, 80), 20)
+    assert not out[:, :50].isnan().any() and out[:, 60:83].isnan().all() and not out[:, 83:90].isnan().any()
+    assert out[:, 90, 0].isnan().all() and not out[:, 91:].isnan().any()
+    assert gradients[1][:, 0, 85].isnan().all() and not gradients[1][:, 1, 85].isnan().any()
+
+
+@needs_matrix_units
+@pytest.mark.parametrize("why", ["fp32", "size", "no kernels"])
+def test_what_tiles_do_not_fit_is_attended_otherwise(why):
+    tensors, dout = attention_inputs((20, 9), 4, 2, 16 if why == "size" else 32)
+    if why == "fp32":
+        tensors, dout = [tensor.detach().float().requires_grad_() for tensor in tensors], dout.float()
+    if why == "no kernels":
+        compiled.stop()
+    node, out, _ = attended(tensors, dout, (20, 9), 0)
+    assert node == "_NodeBackward"
+    assert (out.double() - attended_exactly(tensors, dout, (20, 9), 0)[0]).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("gemma2", "gpt_neox")])

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lora_kit import evaluation, events, isolate, pipeline, rundir
+from lora_kit import evaluation, events, isolate, pipeline, quantize, rundir
 from lora_kit.errors import GateFailed, GateInconclusive, MachineError, ModelError, RecipeError, RefusedError
 from lora_kit.events import StageFinished, StageSkipped, StageStarted
 from tests import tiny, tiny_run
@@ -187,6 +188,55 @@ def test_an_owed_stage_is_done_again_and_says_why(world):
     assert [(event.stage, event.why) for event in heard if isinstance(event, StageStarted)] == [
         ("merge", "model/model.safetensors is gone")]
     assert lost.read_bytes() == weights
+
+
+@pytest.fixture
+def making(monkeypatch):
+    """``names`` of the forms that are made from here on, and ``stop_before``, one at which the machine is gone."""
+    found, make = SimpleNamespace(names=[], stop_before=None), quantize._make
+
+    def counted(form, *args):
+        if form.name == found.stop_before:
+            raise MachineError("the machine", "is gone")
+        found.names.append(form.name)
+        return make(form, *args)
+
+    monkeypatch.setattr(quantize, "_make", counted)
+    return found
+
+
+def test_a_form_that_is_whole_is_not_made_again(world, making):
+    """Neither after a failed try, nor for another bound, nor for another list; but where it is damaged or asked for."""
+    forms = [{"method": "gguf", "type": "q8_0"}, {"method": "bitsandbytes", "type": "int8"},
+             {"method": "bitsandbytes", "type": "nf4"}]
+    before = (world.run / "quantize" / "gguf-q8_0" / "model" / "model.gguf").read_bytes()
+
+    def quantized(*names, redo=False, **bounds):
+        making.names = []
+        wanted = [{**form, **bounds} for form in forms if f"{form['method']}-{form['type']}" in names]
+        run = pipeline.open_for(tiny_run.read(world.recipe, f"quantize={json.dumps(wanted)}"), world.runs)
+        pipeline.continue_run(run, until="quantize", redo=redo)
+        assert sorted(child.name for child in run.stage_dir("quantize").iterdir()) == [*sorted(names), "stage.json"]
+        return making.names, {verdict["claim"].partition(":")[0] for verdict in run.seal("quantize")["verdicts"]}
+
+    both = ("bitsandbytes-int8", "gguf-q8_0")
+    assert quantized(*both) == (["bitsandbytes-int8"], set())
+    assert quantized(*both, max_kl=9.0) == ([], set(both))
+    assert quantized("gguf-q8_0") == ([], set())
+    weights = world.run / "quantize" / "gguf-q8_0" / "model" / "model.gguf"
+    assert weights.read_bytes() == before
+    with open(weights, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([before[-1] ^ 1]))
+    assert quantized("gguf-q8_0", max_kl=9.0) == (["gguf-q8_0"], {"gguf-q8_0"}) and weights.read_bytes() == before
+    assert quantized("gguf-q8_0", max_kl=9.0, redo=True)[0] == ["gguf-q8_0"]
+
+    making.stop_before = "bitsandbytes-nf4"
+    run = pipeline.open_for(tiny_run.read(world.recipe, f"quantize={json.dumps(forms)}"), world.runs)
+    with pytest.raises(MachineError):
+        pipeline.continue_run(run, until="quantize")
+    making.stop_before = None
+    assert quantized("bitsandbytes-int8", "bitsandbytes-nf4", "gguf-q8_0")[0] == ["bitsandbytes-nf4"]
 
 
 def test_a_lost_adapter_comes_back_from_the_checkpoint(world):

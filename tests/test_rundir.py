@@ -81,6 +81,33 @@ def test_what_a_failed_stage_left_is_not_in_the_next_try(run):
         assert list(work.iterdir()) == []
 
 
+def test_parts_of_a_failed_try_stay_for_one_that_makes_them_from_the_same(run):
+    def left(made_from):
+        with pytest.raises(RuntimeError), run.publishing("quantize", made_from) as work:
+            there = sorted(path.name for path in work.iterdir())
+            (work / "part").mkdir(exist_ok=True)
+            raise RuntimeError
+        return there
+
+    assert left("a") == [] and left("a") == ["part"] and left("b") == [] and left("b") == ["part"]
+    assert left(None) == [] and left("b") == []
+
+
+def test_published_parts_are_there_again_and_stay_as_they_are(run):
+    publish(run, "quantize", "one", made_from="a")
+    with pytest.raises(RuntimeError), run.publishing("quantize", "b") as work:
+        assert not list(work.iterdir())
+        raise RuntimeError
+    with run.publishing("quantize", "a") as work:
+        assert (work / "result").read_text() == "one"
+        (work / "result").unlink()
+        (work / "other").write_text("two")
+        assert (run.stage_dir("quantize") / "result").read_text() == "one"
+        run.publish("quantize", {"made_from": "a"})
+    assert sorted(path.name for path in run.stage_dir("quantize").iterdir()) == ["other", "stage.json"]
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
+
+
 def test_train_works_in_place_so_that_it_can_go_on(run):
     with pytest.raises(RuntimeError), run.publishing("train") as work:
         (work / "checkpoint").write_text("")

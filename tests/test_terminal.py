@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -90,6 +91,30 @@ def test_a_terminal_gets_a_bar_that_goes_when_it_is_full(screen):
     assert made.bar is None
     text = output.getvalue()
     assert "while it runs" in text and "2/2" in text and "loss 2.5" in text
+
+
+def test_what_is_known_so_far_stands_above_the_bar_while_it_runs(screen):
+    made, output = screen
+
+    def frame() -> list[str]:
+        """The lines that the bar shows now."""
+        output.seek(0)
+        output.truncate()
+        made.bar.refresh()
+        return [line.split() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", output.getvalue()).splitlines()]
+
+    def table(*rows) -> Table:
+        return Table(title="", columns=("artifact", "tok/s"), rows=rows)
+
+    made(Progress(stage="bench", done=0, total=2, table=table(("base", "…"), ("merged", ""))))
+    assert [line for line in frame() if line][:3] == [["artifact", "tok/s"], ["base", "…"], ["merged"]]
+    made(Progress(stage="bench", done=1, total=2, table=table(("base", "12.5"), ("merged", "…"))))
+    made(Progress(stage="bench", done=1, total=2, fields={"still": "1"}))
+    lines = [line for line in frame() if line]
+    assert lines[:3] == [["artifact", "tok/s"], ["base", "12.5"], ["merged", "…"]] and "1/2" in lines[3]
+    output.truncate(output.seek(0))
+    made(Progress(stage="bench", done=2, total=2))
+    assert made.bar is None and "merged" not in output.getvalue().rpartition("2/2")[0].rpartition("1/2")[2]
 
 
 def test_the_next_stage_takes_a_bar_off(screen):

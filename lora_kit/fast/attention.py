@@ -1,7 +1,8 @@
 """Part ``attention``: causal attention of packed rows on a CPU, all rows of a layer as one node of autograd.
 
-The forward pass is torch's fused kernel, row by row. Its backward kernel on a CPU with bf16 matrix units is
-slow; here the probabilities are made again from the kernel's logarithms of sums, a block of queries at a time, and
+In bf16 on a CPU with matrix units both passes are kernels of ``attention.c``, which multiply blocks that stay in the
+cache. Elsewhere the forward pass is torch's fused kernel, row by row; its backward kernel is slow, and
+here the probabilities are made again from the kernel's logarithms of sums, a block of queries at a time, and
 the gradients are batched matrix products. Queries that share a key (grouped-query attention) stand in
 one matrix with it, so that keys and values are never repeated. The output is laid out as the next
 layer takes it, and kept once.
@@ -11,6 +12,7 @@ Shape suffixes: B 1, H heads, G key heads, T tokens, S keys of a row, D head siz
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -42,7 +44,45 @@ def attend(module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout: fl
             module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout=dropout, scaling=scaling,
             document_lengths=document_lengths, prefix_length=prefix_length, sliding_window=sliding_window, **options)
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return _Node.apply(query_BHTD, key_BGTD, value_BGTD, lengths, prefix_length, scale), None
+    tensors = (query_BHTD, key_BGTD, value_BGTD)
+    in_tiles = (compiled.multiplies(*tensors) and query_BHTD.shape[3] % _MULTIPLE == 0
+                and all(tensor.stride(3) == 1 for tensor in tensors))
+    return (_InTiles if in_tiles else _Node).apply(*tensors, lengths, prefix_length, scale), None
+
+
+class _InTiles(torch.autograd.Function):
+    """The kernels of attention.c as a node."""
+
+    @staticmethod
+    def forward(ctx, query_BHTD, key_BGTD, value_BGTD, lengths, prefix, scale):
+        _, heads, num_tokens, size = query_BHTD.shape
+        starts = torch.tensor([0, *itertools.accumulate(lengths)])
+        out_BTHD = query_BHTD.new_empty(1, num_tokens, heads, size)
+        log_HT = torch.empty(heads, num_tokens)
+        ctx.shape = len(lengths), prefix, heads, key_BGTD.shape[1], size, scale
+        compiled.call("attend_forward", query_BHTD.dtype, *_placed(query_BHTD, key_BGTD, value_BGTD), out_BTHD, log_HT,
+                      starts, *ctx.shape)
+        ctx.save_for_backward(query_BHTD, key_BGTD, value_BGTD, out_BTHD, log_HT, starts)
+        return out_BTHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_BTHD):
+        query_BHTD, key_BGTD, value_BGTD, out_BTHD, log_HT, starts = ctx.saved_tensors
+        rows, prefix, _, groups, size, _ = ctx.shape
+        dquery, dkey, dvalue = (tensor.new_empty(1, tensor.shape[2], tensor.shape[1], size)
+                                for tensor in (query_BHTD, key_BGTD, value_BGTD))
+        dprefix = torch.empty(rows, 2, groups, prefix, size)
+        compiled.call("attend_backward", query_BHTD.dtype, *_placed(query_BHTD, key_BGTD, value_BGTD), out_BTHD,
+                      dout_BTHD.contiguous(), log_HT, dquery, dkey, dvalue, dprefix, starts, *ctx.shape)
+        if prefix:
+            dkey[0, :prefix], dvalue[0, :prefix] = dprefix.sum(0).transpose(1, 2)
+        return dquery.transpose(1, 2), dkey.transpose(1, 2), dvalue.transpose(1, 2), None, None, None
+
+
+def _placed(*tensors: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+    """Of each where it begins and how far its tokens and its heads are apart, as kernels take it."""
+    return tuple(each for tensor in tensors for each in (tensor, tensor.stride(2), tensor.stride(1)))
 
 
 class _Node(torch.autograd.Function):

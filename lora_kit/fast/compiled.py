@@ -6,7 +6,7 @@ cc, gcc or clang) and kept in the cache folder, named by its source, the command
 no compiler, or its result cannot be loaded, torch's operations serve as before and the reason is told.
 
 Threads are those of torch: the library takes the OpenMP that torch has loaded, so there is no second pool of them.
-Reads kernels.c; writes ``kernels/`` in the cache folder.
+Reads kernels.c and attention.c; writes ``kernels/`` in the cache folder.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from lora_kit import hardware
 from lora_kit.sources import cache_dir
 
 _SOURCE = Path(__file__).with_name("kernels.c")
+_ATTENTION = Path(__file__).with_name("attention.c")
+"""Appended for bf16 alone, which is what matrix units multiply."""
 _TYPES = {"fp32": ("float", "(value)", "(value)"), "bf16": ("uint16_t", "load_bf16(value)", "store_bf16(value)")}
 _SUFFIXES = {torch.float32: "_fp32", torch.bfloat16: "_bf16"}
 # No -ffast-math: it lets NaN pass unseen, and gcc then switches denormal numbers off in the whole process.
@@ -68,9 +70,20 @@ def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | float | int) 
         argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments))
 
 
+def multiplies(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels of attention.c, which need a CPU's matrix units, are in use and take ``tensors``."""
+    return serves(*tensors) and tensors[0].dtype == torch.bfloat16 and _has_matrix_units(_in_use)
+
+
+@cache
+def _has_matrix_units(library: ctypes.CDLL) -> bool:
+    # The system lets a process use them once it has asked.
+    return library.matrix_units() == 1
+
+
 def num_kernels() -> int:
     """How many kernels kernels.c has, each for two types."""
-    return len(_signatures())
+    return len(_signatures(_SOURCE))
 
 
 @cache
@@ -97,19 +110,21 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             reason = f"the C compiler fails: {lines[0] if lines else error}"
             continue
-        for name, types in _signatures().items():
-            for suffix in _SUFFIXES.values():
-                function = getattr(library, name + suffix)
-                function.restype, function.argtypes = None, types
+        for file, suffixes in ((_SOURCE, _SUFFIXES.values()), (_ATTENTION, [_SUFFIXES[torch.bfloat16]])):
+            for name, types in _signatures(file).items():
+                for suffix in suffixes:
+                    function = getattr(library, name + suffix)
+                    function.restype, function.argtypes = None, types
         return library, None
     return None, reason
 
 
 def _source() -> str:
-    """kernels.c for each type of values, one below the other."""
-    text = _SOURCE.read_text(encoding="utf-8")
+    """kernels.c for each type of values, one below the other, with attention.c for bf16."""
     parts = []
     for name, (ctype, load, store) in _TYPES.items():
+        files = [_SOURCE, _ATTENTION] if name == "bf16" else [_SOURCE]
+        text = "\n".join(file.read_text(encoding="utf-8") for file in files)
         parts += [f"#define T {ctype}", f"#define LOAD(value) {load}", f"#define STORE(value) {store}",
                   f"#define NAME(name) name##_{name}", text, "#undef T", "#undef LOAD", "#undef STORE", "#undef NAME"]
     return "\n".join(parts) + "\n"
@@ -137,10 +152,10 @@ def _compiled(source: str, command: list[str]) -> Path:
 
 
 @cache
-def _signatures() -> dict[str, list]:
-    """Kernel -> ctypes of its arguments, read from kernels.c."""
+def _signatures(source: Path) -> dict[str, list]:
+    """Kernel -> ctypes of its arguments, read from ``source``."""
     found = {}
-    for part in _SOURCE.read_text(encoding="utf-8").split("void NAME(")[1:]:
+    for part in source.read_text(encoding="utf-8").split("void NAME(")[1:]:
         name, _, rest = part.partition(")(")
         arguments = rest.partition(") {")[0].split(",")
         found[name] = [ctypes.c_void_p if "*" in argument else _NUMBERS[argument.split()[0]] for argument in arguments]
