@@ -7,7 +7,7 @@ it, each contestant in fresh processes that take turns, the quickest of ``--time
 
 * lora-kit: ``merge_to_folder``, fp32 arithmetic and one cast to bf16;
 * peft, fp32: the same arithmetic as most would write it: load in fp32, ``merge_and_unload``, cast, ``save_pretrained``;
-* peft, bf16: load, merge and save in bf16, which rounds the delta before it is added.
+* peft, bf16: load, merge and save in bf16; peft 0.21 keeps the factors in fp32 and rounds the sum once.
 
 Seconds are from the start of the process to the last byte handed to the system; CPU seconds, those of the process, are
 what to compare on a machine that does other work. Memory is the largest *anonymous*

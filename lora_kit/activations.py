@@ -3,7 +3,8 @@
 Counted from how each layer is computed: through plain peft and transformers, or through the parts of the
 fast path (``lora_kit/fast``). Source: which tensors torch's autograd saves of each operation, seen with a counter of
 live storages over whole passes. tests/test_activations.py repeats that: within 2 % for LoRA on all linear layers in
-both precisions, with and without the fast path and checkpointing; within 12 % for padded rows, eager attention, fewer
+both precisions, with and without the fast path and checkpointing (attention by a CPU's matrix units
+may hold less than is counted); within 12 % for padded rows, eager attention, fewer
 targets, dropout and other architectures. Decoder models of ``memory.py``; experts are
 counted as the tokens that go through them, which is an estimate. DoRA is not counted. Torch-free; reads and writes
 nothing.

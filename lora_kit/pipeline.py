@@ -374,7 +374,7 @@ def _execute(stage: Stage, run: Run, reason: str | None) -> None:
         module = importlib.import_module(stage.module)
     _set_aside_if_stale(stage, run)
     made_from = _made_from(stage, run) if stage.name == "quantize" else None
-    with run.publishing(stage.name, made_from if reason else None) as work, \
+    with run.publishing(stage.name, made_from, anew=reason is None) as work, \
             stopwatch.part("data" if stage.name == "data" else "other"):
         try:
             result: Result = module.stage(run.recipe, run)

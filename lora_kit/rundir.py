@@ -68,18 +68,19 @@ class Run:
         return _read_object(path, f"remove {path.parent} and run again")
 
     @contextmanager
-    def publishing(self, stage: str, made_from: str | None = None) -> Iterator[Path]:
+    def publishing(self, stage: str, made_from: str | None = None, *, anew: bool = False) -> Iterator[Path]:
         """Hand out the folder that ``stage`` writes into; what it published earlier stays until :meth:`publish`.
 
         Of a stage that works in place, what it left unfinished is still there; of one that is made of parts, what it
         left or published where that was made from the same.
 
         Args:
-            made_from: what the parts of such a stage are made from, as a text; None starts anew.
+            made_from: what the parts of such a stage are made from, as a text; None of a stage that is not of parts.
+            anew: leave out what was made before.
         """
         work = self.work(stage)
         with writing(work):
-            if stage not in IN_PLACE and not (made_from and self._has_parts(stage, made_from)):
+            if stage not in IN_PLACE and not (made_from and not anew and self._has_parts(stage, made_from)):
                 shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True, exist_ok=True)
             (work / "stage.json").unlink(missing_ok=True)

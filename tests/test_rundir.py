@@ -82,15 +82,15 @@ def test_what_a_failed_stage_left_is_not_in_the_next_try(run):
 
 
 def test_parts_of_a_failed_try_stay_for_one_that_makes_them_from_the_same(run):
-    def left(made_from):
-        with pytest.raises(RuntimeError), run.publishing("quantize", made_from) as work:
+    def left(made_from, **options):
+        with pytest.raises(RuntimeError), run.publishing("quantize", made_from, **options) as work:
             there = sorted(path.name for path in work.iterdir())
             (work / "part").mkdir(exist_ok=True)
             raise RuntimeError
         return there
 
     assert left("a") == [] and left("a") == ["part"] and left("b") == [] and left("b") == ["part"]
-    assert left(None) == [] and left("b") == []
+    assert left("b", anew=True) == [] and left("b") == ["part"] and left("b", anew=True) == []
 
 
 def test_published_parts_are_there_again_and_stay_as_they_are(run):
