@@ -151,7 +151,7 @@ def test_an_empty_file(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content"),
     [("a.jsonl", "\n\n"), ("a.json", " \n"), ("a.json", "[]"), ("a.json", "{}"), ("a.json", '{"data": []}'),
-     ("a.csv", "prompt,completion\n"), ("a.csv", "\n\n"), ("a.jsonl.gz", gzip.compress(b""))],
+     ("a.csv", "prompt,completion\n"), ("a.csv", "\n\n"), ("a.jsonl.gz", gzip.compress(b"", mtime=0))],
 )
 def test_a_file_without_rows(tmp_path, name, content):
     error = fail(tmp_path, name, content, cache_dir=tmp_path / "cache")

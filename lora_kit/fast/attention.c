@@ -23,6 +23,8 @@
 #define REQUEST_PERMISSION 0x1023
 #define TILE_DATA 18
 
+extern long syscall(long number, ...); /* POSIX hides it from -std=c11 */
+
 int matrix_units(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
 
 typedef struct { uint8_t palette, first, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; } Tiles;
