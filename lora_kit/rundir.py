@@ -80,8 +80,9 @@ class Run:
         """
         work = self.work(stage)
         with writing(work):
-            if stage not in IN_PLACE and not (made_from and not anew and self._has_parts(stage, made_from)):
-                shutil.rmtree(work, ignore_errors=True)
+            goes_on = stage in IN_PLACE or (made_from and not anew and self._has_parts(stage, made_from))
+            if not goes_on and work.exists():
+                shutil.rmtree(work)
             work.mkdir(parents=True, exist_ok=True)
             (work / "stage.json").unlink(missing_ok=True)
             if made_from:
@@ -95,7 +96,8 @@ class Run:
             return True
         if (self.seal(stage) or {}).get("made_from") != made_from:
             return False
-        shutil.rmtree(work, ignore_errors=True)
+        if work.exists():
+            shutil.rmtree(work)
         shutil.copytree(self.stage_dir(stage), work, copy_function=_link)
         return True
 
