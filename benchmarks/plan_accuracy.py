@@ -119,7 +119,7 @@ def write_recipe(folder: Path, base: str, chosen: dict[str, Any]) -> Path:
 
 def forecast(recipe_path: Path, overrides: list[str]) -> dict[str, Any]:
     """What the plan says, and the share of activations that the allocator's term is."""
-    from lora_kit import data, devices, pipeline, prepared
+    from lora_kit import activations, data, devices, footprint, pipeline, prepared
     from lora_kit.plan import make_plan
     from lora_kit.recipe_file import read_recipe
 
@@ -131,7 +131,7 @@ def forecast(recipe_path: Path, overrides: list[str]) -> dict[str, Any]:
     training = made.footprints[0]
     return {"bytes": training.total, "moment": training.moment, "precision": made.precision,
             "layers_bytes": training.layers_bytes,
-            "kind": "plain" if "train.fast=[]" in overrides else "fast",
+            "kind": footprint.kind_of(activations.path_of(recipe_file.recipe, made.precision)),
             "terms": {term.name: term.num_bytes for term in training.terms}, "base_bytes": made.base_bytes,
             "tokens": max(work.num_tokens for work in made.passes), "base": base["artifact"]["path"]}
 

@@ -25,12 +25,13 @@ plan_accuracy.py` prints that of the imports); those of inference are what docs/
 peaks. `lora-kit plan --calibrate` measures training's on the machine at hand."""
 CUDA_CONTEXT_BYTES = 500e6
 """What a CUDA process holds on its device before the first tensor. An assumption: not measured here."""
-KEPT_SHARE = {"fast": 0.21, "plain": 0.95}
+KEPT_SHARE = {"fast": 0.17, "fast fp32": 0.38, "plain": 0.95}
 """Freed arrays that the C library keeps resident, to each byte of what all layers keep of a pass, whether at once or,
 with checkpointing, one after the other: glibc 2.36 does not put an aligned array into the hole that one of the same
 size left (glibc bug 14581), so that each layer leaves holes of its own. Measured by `benchmarks/plan_accuracy.py`:
-KEPT_QUANTILE of four settings with the fast path (0.05, 0.06, 0.19 and 0.37), and of eleven with the plain one, have
-less. Above the middle, since a plan that says too little is worse than one that says too much."""
+KEPT_QUANTILE of eleven settings with the fast path in 16 bits (none above 0.24), of four in fp32 (0.31 to 0.62), and of
+eleven with the plain one, have less. Above the middle, since a plan that says too little is worse than one that says
+too much."""
 KEPT_QUANTILE = 0.7
 KERNEL_BYTES = 65e6
 """What oneDNN holds in 16-bit training on a CPU: kernels that it compiles for each shape, and their scratch. Measured
@@ -237,7 +238,7 @@ def _pass_terms(shape: Shape, lora: LoraSection, path: Path, work: Pass, where: 
 
 def kind_of(path: Path) -> str:
     """Which of KEPT_SHARE is that of ``path``."""
-    return "fast" if path.fast else "plain"
+    return "plain" if not path.fast else "fast fp32" if path.precision == "fp32" else "fast"
 
 
 def _layers_bytes(shape: Shape, lora: LoraSection, path: Path, work: Pass) -> float:
