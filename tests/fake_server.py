@@ -88,11 +88,17 @@ class _Handler(BaseHTTPRequestHandler):
             number = len(it.requests)
             it.at_once += 1
             it.most_at_once = max(it.most_at_once, it.at_once)
+        self.under_way = True
         try:
             self._answer(it, body, number)
         finally:
-            with it.lock:
-                it.at_once -= 1
+            self._over()
+
+    def _over(self) -> None:
+        """Count the request as no longer under way: before the client can know, which may ask again at once."""
+        with self.behaviour.lock:
+            self.behaviour.at_once -= self.under_way
+        self.under_way = False
 
     def _answer(self, it: Behaviour, body: dict[str, Any], number: int) -> None:
         for name in it.refuses:
@@ -128,9 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(it.gap if piece else it.first)
             moments.append(time.perf_counter())
             self._event({"choices": [{"delta": {"content": f"w{piece} "}}]})
-        self._event({"choices": [{"delta": {}, "finish_reason": "length"}]})
         with it.lock:
             it.sent.append(moments)
+        self._over()
+        self._event({"choices": [{"delta": {}, "finish_reason": "length"}]})
         if it.usage and (body.get("stream_options") or {}).get("include_usage"):
             details = {} if it.cached is None else {"prompt_tokens_details": {"cached_tokens": it.cached}}
             self._event({"choices": [], "usage": {"prompt_tokens": it.prompt_tokens(body),
