@@ -69,7 +69,6 @@ CHARACTERS = range(250, 2401)
 """Length of a row that is taken: makes it 191 tokens of SmolLM2 on average where the rows are instructions."""
 QUICK_CHARACTERS = range(40, 401)
 """The same where a byte is a token."""
-ROLES = ("lora-kit", "plain", "other precision", "defaults", "best", "hf")
 OWN_ORDER = ("packing", "length-grouped")
 """Layouts for which the trainer chooses which rows share a step: it gets all rows, and its losses are its own."""
 PRECISIONS = ("fp32", "bf16", "bf16-weights")
@@ -341,7 +340,7 @@ class Benchmark:
     def measure(self, num_threads: int, loss_steps: int) -> dict[str, Any]:
         """All contestants, taking turns."""
         rivals, tried = self.rivals(num_threads)
-        contestants = [each for each in (*self.ours(), *rivals) if each["role"] in (self.arguments.only or ROLES)]
+        contestants = [*self.ours(), *rivals]
         rounds: dict[str, list[dict[str, Any]]] = {each["name"]: [] for each in contestants}
         num_steps = self.arguments.steps
         for number in range(self.arguments.rounds):
@@ -508,8 +507,6 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
                         "settings try these only: fp32 takes hours, and up to 16 GB, where bf16 is quick")
     parser.add_argument("--trl-best", metavar="NAME", help="TRL's best setting, from an earlier grid: no grid then")
     parser.add_argument("--hf-best", choices=PRECISIONS, help="the same of HF Trainer")
-    parser.add_argument("--only", nargs="+", choices=ROLES, help="measure these contestants alone; claims about others "
-                                                                "are not met then")
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows of any format of lora-kit")
     parser.add_argument("--quick", action="store_true", help="a tiny random model, two steps, no grid")
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")

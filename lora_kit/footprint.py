@@ -30,7 +30,7 @@ KEPT_SHARE = {"fast": 0.17, "fast fp32": 0.38, "plain": 0.95}
 with checkpointing, one after the other: glibc 2.36 does not put an aligned array into the hole that one of the same
 size left (glibc bug 14581), so that each layer leaves holes of its own. Measured by `benchmarks/plan_accuracy.py`:
 KEPT_QUANTILE of eleven settings with the fast path in 16 bits (none above 0.24), of four in fp32 (0.31 to 0.62), and of
-eleven with the plain one, have less. Above the middle, since a plan that says too little is worse than one that says
+ten with the plain one, have less. Above the middle, since a plan that says too little is worse than one that says
 too much."""
 KEPT_QUANTILE = 0.7
 KERNEL_BYTES = 65e6

@@ -130,32 +130,12 @@ def outputs_of(layers: Sequence, x: torch.Tensor) -> list[torch.Tensor]:
     """What LoRA layers make of the same ``x``, as one node; several only below fp32."""
     w = weights_of(*layers)
     parameters = [parameter for layer in layers for parameter in adapter_parameters(layer)]
-    node = Node if len(layers) == 1 else _Several
-    outputs = node.apply(x.reshape(-1, x.shape[-1]).to(w.weight_OC.dtype), w, *parameters)
-    return [y_NO.view(*x.shape[:-1], y_NO.shape[-1]) for y_NO in (outputs if isinstance(outputs, tuple) else [outputs])]
+    outputs = Node.apply(x.reshape(-1, x.shape[-1]).to(w.weight_OC.dtype), w, *parameters)
+    return [y_NO.view(*x.shape[:-1], y_NO.shape[-1]) for y_NO in outputs]
 
 
 class Node(torch.autograd.Function):
-    """:class:`Weights` as one node."""
-
-    @staticmethod
-    def forward(ctx, x_NC, w, *parameters):
-        with torch.autocast(x_NC.device.type, enabled=False):
-            y_NO, h_NR = forward(x_NC, w)
-        ctx.w = w
-        ctx.save_for_backward(x_NC, h_NR)
-        return y_NO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_NO):
-        x_NC, h_NR = ctx.saved_tensors
-        dx_NC, dh_NR = backward_of_input(dy_NO, ctx.w, ctx.needs_input_grad[0])
-        return dx_NC, None, *backward_of_adapter(dy_NO, dh_NR, x_NC, h_NR, ctx.w)
-
-
-class _Several(torch.autograd.Function):
-    """:class:`Weights` of several layers as one node that gives the outputs of each."""
+    """:class:`Weights` as one node that gives the outputs of each layer."""
 
     @staticmethod
     def forward(ctx, x_NC, w, *parameters):
@@ -171,11 +151,13 @@ class _Several(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys_NO):
         x_NC, h_NR = ctx.saved_tensors
-        room = room_for_gradient(len(x_NC), ctx.w, x_NC)
-        dy_NO = room[:, :len(ctx.w.weight_OC)]
-        for block, own_NO in zip(ctx.w.blocks, dys_NO, strict=True):
-            dy_NO[:, block.outputs] = own_NO
-        dx_NC, dh_NR = backward_of_input(dy_NO, ctx.w, ctx.needs_input_grad[0], room=room)
+        dy_NO, room = dys_NO[0], None
+        if len(dys_NO) > 1:
+            room = room_for_gradient(len(x_NC), ctx.w, x_NC)
+            dy_NO = room[:, :len(ctx.w.weight_OC)]
+            for block, own_NO in zip(ctx.w.blocks, dys_NO, strict=True):
+                dy_NO[:, block.outputs] = own_NO
+        dx_NC, dh_NR = backward_of_input(dy_NO, ctx.w, ctx.needs_input_grad[0], None, room)
         return dx_NC, None, *backward_of_adapter(dy_NO, dh_NR, x_NC, h_NR, ctx.w)
 
 
